@@ -1,0 +1,39 @@
+"""jlora: low-rank adaptation of any JAX function of a parameter tree."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jlora._adapters import Adapter as Adapter
+from jlora._adapters import FullWeight as FullWeight
+from jlora._adapters import LowRank as LowRank
+from jlora._checkpoint import describe as describe
+from jlora._checkpoint import load as load
+from jlora._checkpoint import metadata as metadata
+from jlora._checkpoint import restore_target as restore_target
+from jlora._checkpoint import save as save
+from jlora._init import init as init
+from jlora._interpret import DenseWeightError as DenseWeightError
+from jlora._merge import delta as delta
+from jlora._merge import merge as merge
+from jlora._optim import freeze as freeze
+from jlora._optim import labels as labels
+from jlora._optim import trainable as trainable
+from jlora._rules import Full as Full
+from jlora._rules import LoRA as LoRA
+from jlora._sharding import shardings as shardings
+from jlora._sites import Site as Site
+from jlora._sites import Sites as Sites
+from jlora._sites import sites as sites
+from jlora._summary import summary as summary
+from jlora._wrap import wrap as wrap
+
+if TYPE_CHECKING:
+    from jlora import nnx as nnx
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "nnx":  # Flax is imported only when it is asked for
+        return importlib.import_module("jlora.nnx")
+    raise AttributeError(f"module 'jlora' has no attribute {name!r}")

@@ -1,0 +1,307 @@
+"""Saving and loading adapters: orbax for the arrays, a small JSON beside them for what they mean.
+
+Layout of a saved adapter::
+
+    adapter/
+        adapter.json       written last, by an atomic rename: what it names is complete
+        arrays-<id>/       an orbax checkpoint: the arrays of each adapter, and nothing of the base
+
+So a save that fails or is killed leaves the last good adapter as it was, and whoever reads sees the old one or the new one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora import _paths
+from jlora._adapters import KINDS, Adapter, Fingerprint, LowRank, fingerprint
+from jlora._sharding import shardings
+from jlora._wrap import check_base, check_lora
+
+FORMAT = 1
+_JSON = "adapter.json"
+
+
+def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
+    """What an adapter's arrays mean, as a dict for JSON: format, version, rules leaf by leaf, fingerprint of the base, ``meta``.
+
+    Put it beside the arrays in a checkpoint of your own (``orbax.checkpoint.args.JsonSave``); ``restore_target`` reads it back.
+
+    Args:
+        lora: Adapters by path.
+        **meta: Anything JSON can hold.
+
+    Raises:
+        TypeError: something in ``meta`` is not JSON.
+        ValueError: the adapters were made for different bases.
+    """
+    from jlora import __version__
+
+    check_lora(lora)
+    bases = {adapter.base for adapter in lora.values()}
+    if len(bases) != 1:
+        raise ValueError(f"These adapters were made for {len(bases)} different bases: save them apart.")
+    try:
+        meta = json.loads(json.dumps(meta, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"The metadata must be JSON (strings, finite numbers, lists, dicts): {error}.") from None
+    (base,) = bases
+    return {
+        "format": FORMAT,
+        "jlora": __version__,
+        "adapters": {path: _entry(adapter) for path, adapter in sorted(lora.items())},
+        "base": [[path, list(shape), dtype] for path, shape, dtype in base.leaves],
+        "meta": meta,
+    }
+
+
+def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[str, Adapter]:
+    """The adapter that ``describe`` described, with ``jax.ShapeDtypeStruct``s for arrays: the target to restore into.
+
+    Args:
+        description: What ``describe`` returned.
+        params: The base, or ``jax.ShapeDtypeStruct``s of it: checked against the fingerprint; the factors get the shardings it implies.
+
+    Raises:
+        ValueError: the description is damaged or of a newer format; ``params`` is another base (the first difference is named).
+    """
+    try:
+        if description["format"] != FORMAT:
+            raise ValueError(f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora.")
+        base = Fingerprint(description["base"])
+        lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {error}.") from None
+    if not lora:
+        raise ValueError("The description of the adapter is damaged: it names no leaf.")
+    if params is None:
+        return lora
+    paths, leaves, _ = _paths.flatten(params)
+    difference = base.difference(fingerprint(paths, leaves))
+    if difference:
+        raise ValueError(
+            f"The adapter was made for another base: {difference}.\n"
+            "  Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them."
+        )
+    check_base(lora, paths, leaves)
+    if not any(isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding) for leaf in leaves):
+        return lora
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lora, shardings(lora, params))
+
+
+def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
+    """Saves an adapter, and only it, as a folder.
+
+    Args:
+        path: The folder.
+        lora: Adapters by path.
+        overwrite: Replace an adapter that is already there. The old one stays until the new one is complete.
+        **meta: Anything JSON can hold, kept beside the arrays; ``jlora.metadata`` reads it.
+
+    Raises:
+        FileExistsError: there is something at ``path`` and ``overwrite`` was not said; or it is no adapter.
+        TypeError: ``meta`` is not JSON.
+        ValueError: an array is not finite, or ``lora`` is no adapter.
+        OSError: the disk is full or cannot be written; what was there is unchanged.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 2))}
+        >>> found = jlora.sites(model, params, jnp.ones((7, 3)))
+        >>> lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=2))
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> jlora.save(folder, lora, task="demo")
+        >>> again = jlora.load(folder, params)
+        >>> bool((again["up"].a == lora["up"].a).all()), jlora.metadata(folder)["meta"]
+        (True, {'task': 'demo'})
+    """
+    description = describe(lora, **meta)
+    for leaf_path, adapter in lora.items():
+        for name, x in adapter.arrays().items():
+            if isinstance(x, jax.core.Tracer):
+                raise TypeError(f"save cannot run inside a transformation such as jit: '{leaf_path}'.{name} is a tracer.")
+            if not bool(np.isfinite(np.asarray(x, dtype=np.float32) if x.dtype.itemsize < 4 else np.asarray(x)).all()):
+                raise ValueError(f"'{leaf_path}'.{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
+    path = Path(os.path.abspath(path))
+    _check_free(path, overwrite)
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = path / f"arrays-{uuid.uuid4().hex[:12]}"
+    try:
+        _write_arrays(arrays, lora)
+        description |= {"arrays": arrays.name, "files": _digests(arrays)}
+        _write_json(path / _JSON, description)
+    except BaseException:
+        shutil.rmtree(arrays, ignore_errors=True)
+        for stray in path.glob(f".{_JSON}.*"):
+            stray.unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
+        raise
+    _sweep(path, arrays.name)
+
+
+def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]:
+    """Loads an adapter.
+
+    Args:
+        path: The folder ``save`` wrote.
+        params: The base, or ``jax.ShapeDtypeStruct``s of it. If given, it must be the tree the adapter was made for, leaf by leaf, and
+            the factors are placed as its shardings imply. Without it, ``apply`` and ``merge`` still check the adapted leaves.
+
+    Returns:
+        What was saved: the same arrays bit for bit, and the same structure.
+
+    Raises:
+        FileNotFoundError: there is no complete adapter at ``path``.
+        ValueError: a file is missing, truncated or damaged; ``params`` is another base (the first difference is named).
+    """
+    import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
+
+    path = Path(os.path.abspath(path))
+    description = metadata(path)
+    target = restore_target(description, params)
+    arrays = path / str(description.get("arrays", ""))
+    _verify(arrays, description)
+    shapes = _as_tree(target)
+    if not any(getattr(x, "sharding", None) for x in jax.tree.leaves(shapes)):
+        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), shapes)
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            found = checkpointer.restore(arrays, shapes)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"The arrays in {arrays} do not fit their description: {error}.") from None
+    return {
+        leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [found[_key(i)][name] for name in adapter.labels])
+        for i, (leaf_path, adapter) in enumerate(sorted(target.items()))
+    }
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON of a saved adapter: ``format``, ``jlora`` (version), ``adapters`` (rules leaf by leaf), ``base``, ``meta``.
+
+    Raises:
+        FileNotFoundError: there is no complete adapter at ``path``.
+        ValueError: the JSON is damaged.
+    """
+    file = Path(os.path.abspath(path)) / _JSON
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote.")
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.\n  It is damaged or was not written by jlora.") from None
+    if not isinstance(description, dict):
+        raise ValueError(f"{file} holds {type(description).__name__}, not an object.\n  It is damaged or was not written by jlora.")
+    return description
+
+
+def _entry(adapter: Adapter) -> dict[str, Any]:
+    arrays = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in adapter.arrays().items()}
+    entry: dict[str, Any] = {"kind": adapter.kind, "arrays": arrays}
+    if isinstance(adapter, LowRank):
+        # The rule that makes this leaf again: alpha = scale * rank, whatever pattern or scaling chose it.
+        rule = {"rank": adapter.rank, "alpha": adapter.scale * adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout}
+        entry |= rule | {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
+    return entry
+
+
+def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}.")
+    kind = KINDS[entry["kind"]]
+    arrays = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()}
+    static: dict[str, Any] = {"base": base}
+    if kind is LowRank:
+        static |= {name: tuple(int(d) for d in entry[name]) for name in ("inputs", "outputs", "batch")}
+        static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
+        if not (math.isfinite(static["scale"]) and static["scale"] > 0):
+            raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
+    return kind(**arrays, **static)
+
+
+def _key(index: int) -> str:
+    # Paths hold any character; orbax makes its own keys of these names.
+    return f"{index:05d}"
+
+
+def _as_tree(lora: Mapping[str, Adapter]) -> dict[str, dict[str, Any]]:
+    return {_key(i): adapter.arrays() for i, (_, adapter) in enumerate(sorted(lora.items()))}
+
+
+def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
+    import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, _as_tree(lora))
+        checkpointer.wait_until_finished()
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files}
+
+
+def _verify(arrays: Path, description: Mapping[str, Any]) -> None:
+    expected = description.get("files")
+    if not isinstance(expected, dict) or not expected or "/" in arrays.name or not arrays.name.startswith("arrays-"):
+        raise ValueError(f"The description in {arrays.parent / _JSON} is damaged: it names no files.")
+    if not arrays.is_dir():
+        raise ValueError(f"The adapter at {arrays.parent} is damaged: the folder {arrays.name} is missing.")
+    found = _digests(arrays)
+    for name, record in expected.items():
+        if name not in found:
+            raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} is missing.")
+        if found[name] != record:
+            size, digest = found[name]
+            what = f"has {size} bytes, not {record[0]}" if size != record[0] else f"has sha256 {digest[:12]}…, not {record[1][:12]}…"
+            raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} {what}.")
+
+
+def _write_json(file: Path, description: Mapping[str, Any]) -> None:
+    """Writes ``file`` so that it is either as before or complete, also if the machine stops."""
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
+    with open(part, "x", encoding="utf-8") as f:
+        json.dump(description, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir() or (any(path.iterdir()) and not _is_ours(path)):
+        raise FileExistsError(f"{path} is something else than an adapter: it is left alone.\n  Choose another folder.")
+    if (path / _JSON).exists() and not overwrite:
+        raise FileExistsError(f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True).")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds an adapter, or the remains of a save that was killed."""
+    return all(p.name == _JSON or p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
+
+
+def _sweep(path: Path, keep: str) -> None:
+    """Removes what earlier saves left: the arrays just replaced, and remains of killed saves."""
+    for stray in path.iterdir():
+        if stray.name.startswith("arrays-") and not stray.name.startswith(keep):
+            shutil.rmtree(stray, ignore_errors=True)
+        elif stray.name.startswith(f".{_JSON}."):
+            stray.unlink(missing_ok=True)

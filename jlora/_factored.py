@@ -1,0 +1,323 @@
+r"""The algebra of one factored weight: what a view does to it, and its product with activations.
+
+A weight that carries a low-rank update is kept as
+
+$$W_{d_1 \dots d_n} + \sum_{\rho} a_{\{d\},\rho}\, b_{\{d\},\rho}$$
+
+where each factor runs along *some* of the value's axes and along the rank axis $\rho$, and is constant along the others. Which axes a
+factor runs along are its *labels*: for each axis of the array, the axis of the value it follows, or ``RANK``. So a transpose of the
+weight relabels and moves nothing; an axis that both factors have is a batch axis (a layer of a scan, an expert); an axis that neither
+has is one the update is constant along. Axes of size one are in no factor.
+
+Products go through the rank: $x W + (x a) b$, never through $a b$. Nothing here knows about primitives or rules of adaptation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _jax
+
+RANK = -1
+"""Label of the rank axis. Labels from 0 are axes of the value; those below ``RANK`` belong to activations."""
+
+Labels = tuple[int, ...]
+
+
+class Branch(NamedTuple):
+    """What the whole program knows of one adapted leaf: its path, and the dropout rate of its adapter branch."""
+
+    path: str
+    dropout: float = 0.0
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Factored:
+    """A value ``w + Σ_rank a·b``, as a pytree, so that it passes through ``scan``, ``checkpoint`` and ``cond`` like any other.
+
+    Attributes:
+        w: The base at this point of the program (cast, transposed, sliced as the program did).
+        parts: ``(a, b)``, and after them the dropout keys of the batch axes, if any: an array whose labels have no ``RANK``.
+        labels: For each part, the label of each of its axes.
+        branch: Static facts of the adapted leaf.
+    """
+
+    w: jax.Array
+    parts: tuple[jax.Array, ...]
+    labels: tuple[Labels, ...]
+    branch: Branch
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.w, self.parts), (self.labels, self.branch)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> "Factored":
+        return cls(*children, *aux)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+    def map_parts(self, w: jax.Array, fn: Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]) -> "Factored":
+        """The value whose base is ``w`` and whose parts are ``fn(part, labels)``; axes that became of size one are dropped."""
+        parts, labels = zip(*(_drop_units(*fn(p, ls)) for p, ls in zip(self.parts, self.labels, strict=True)), strict=True)
+        return replace(self, w=w, parts=parts, labels=labels)
+
+    def relabel(self, w: jax.Array, flow: Sequence[Labels]) -> "Factored":
+        """The view whose axis ``j`` is the old axis ``flow[j][0]``, or new where ``flow[j]`` is empty."""
+        new = {old: j for j, source in enumerate(flow) for old in source} | {RANK: RANK}
+        return self.map_parts(w, lambda part, labels: (part, tuple(new[d] for d in labels)))
+
+    def reshape(self, w: jax.Array, groups: Sequence[tuple[Labels, Labels]]) -> "Factored | None":
+        """The reshaped value, or ``None`` where an axis of one factor would have to be merged with one of the other."""
+        for old, _ in groups:
+            if any(0 < len(set(old) & set(labels)) < len(old) for labels in self.labels):
+                return None
+        return self.map_parts(w, lambda part, labels: _reshape_part(part, labels, groups, w.shape))
+
+    def gain(self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]) -> "Factored | None":
+        """Applies ``fn``, a multiplication by something that varies along ``axes`` only, to one factor; ``None`` if none has them all."""
+        for i in (1, 0):
+            if set(axes) <= set(self.labels[i]):
+                parts = list(self.parts)
+                parts[i] = fn(parts[i], self.labels[i])
+                return replace(self, w=w, parts=tuple(parts))
+        return None
+
+    def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
+        """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""
+        along = [0 in labels for labels in self.labels]
+        moved = [jnp.moveaxis(p, ls.index(0), 0) if has else p for p, ls, has in zip(self.parts, self.labels, along, strict=True)]
+        labels = tuple(tuple(d - 1 if d > 0 else d for d in ls if d != 0) for ls in self.labels)
+
+        def inside(slices: Sequence[jax.Array]) -> "Factored":
+            w, *rest = slices
+            sliced = iter(rest)
+            parts = tuple(next(sliced) if has else part for part, has in zip(moved, along, strict=True))
+            return replace(self, w=w, parts=parts, labels=labels)
+
+        return [self.w, *(p for p, has in zip(moved, along, strict=True) if has)], inside
+
+    def refold(self, step: jax.Array) -> "Factored":
+        """The same value with dropout keys of its own for iteration ``step`` of a loop it does not change in."""
+        if len(self.parts) < 3:
+            return self
+        keys = self.parts[2]
+        fold = jax.random.fold_in
+        for _ in range(keys.ndim):
+            fold = jax.vmap(fold, in_axes=(0, None))
+        return replace(self, parts=(*self.parts[:2], fold(keys, step)))
+
+    def product(self, x: jax.Array, x_labels: Labels, out: Labels, shape: Sequence[int], use: int, **how: Any) -> jax.Array:
+        r"""The adapter's share of a contraction: $\sum x\, a\, b$ over all labels not in ``out``.
+
+        Args:
+            x: Activations; an axis contracted with axis ``d`` of the value, or matched to it as a batch axis, has label ``d``.
+            x_labels: Labels of ``x``; its free axes have labels below ``RANK``.
+            out: Labels of the result.
+            shape: Shape of the result.
+            use: Number of this use of the leaf in the program, for the dropout key.
+            **how: ``dtype`` of the result and ``precision``; ``spec``, the explicit sharding of the result, or ``None``.
+
+        Returns:
+            Array of shape ``shape``.
+        """
+        x = self.dropout(x, use)
+        dtype, precision, spec = how["dtype"], how.get("precision"), how.get("spec")
+        compute = _jax.promote(x.dtype, self.w.dtype)
+        t, labels, todo = x.astype(compute), x_labels, list(zip(self.parts[:2], self.labels[:2], strict=True))
+        specs = None if spec is None else dict(zip(out, spec, strict=False))
+        while todo:
+            keep = [set(out).union(*(ls for _, ls in todo[:i] + todo[i + 1 :])) for i in range(len(todo))]
+            # The factor that sums away most of the activations goes first: that is what makes the product thin.
+            size = [prod(n for n, d in zip(p.shape, ls, strict=True) if d in labels and d not in k) for (p, ls), k in zip(todo, keep, strict=True)]
+            i = size.index(max(size))
+            part, part_labels = todo.pop(i)
+            order = out if not todo else None
+            t, labels = contract(
+                (t, labels), (part.astype(compute), part_labels), keep[i], order, precision, compute if todo else dtype, specs
+            )
+        return _arrange(t, labels, out, shape)
+
+    def dropout(self, x: jax.Array, use: int) -> jax.Array:
+        """``x`` with dropout of the adapter branch, if it has a key; a new mask for each ``use``."""
+        if len(self.parts) < 3:
+            return x
+        keys = self.parts[2]
+        key = jax.random.fold_in(keys[(0,) * keys.ndim], use)
+        rate = self.branch.dropout
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+    def update(self, dtype: Any = None) -> jax.Array:
+        """The update ``Σ_rank a·b`` as one dense array of the value's shape."""
+        (a, b), (la, lb) = self.parts[:2], self.labels[:2]
+        dense = tuple(range(len(self.shape)))
+        t, labels = contract((a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype or _jax.promote(a.dtype, b.dtype), None)
+        return _arrange(t, labels, dense, self.shape)
+
+    def dense(self) -> jax.Array:
+        """The value as one array, in the base's dtype; the sum is made in the wider dtype of the two."""
+        update = self.update()
+        return (self.w.astype(_jax.promote(self.w.dtype, update.dtype)) + update).astype(self.w.dtype)
+
+
+def contract(
+    left: tuple[jax.Array, Labels],
+    right: tuple[jax.Array, Labels],
+    keep: set[int],
+    order: Labels | None,
+    precision: Any,
+    dtype: Any,
+    specs: dict[int, Any] | None,
+) -> tuple[jax.Array, Labels]:
+    """One pairwise contraction of labelled arrays on flattened operands.
+
+    XLA:CPU has a fast path for products of matrices but not for products of higher rank, in particular in the backward pass, where a
+    thin product of 3-D activations runs several times slower. So free axes are merged into one and contracted axes into one.
+
+    Args:
+        left: Array and its labels.
+        right: The same.
+        keep: Labels wanted later: a shared label in it is a batch axis, one not in it is summed over.
+        order: Order of labels the caller would like, or ``None``.
+        precision: As for ``lax.dot_general``.
+        dtype: Of the result.
+        specs: Mesh axes of each label under explicit sharding, or ``None``: then axes are not merged, for a merged axis cannot be split.
+
+    Returns:
+        The product and its labels: batch axes, then free axes of the operand that ``order`` names first, then those of the other.
+    """
+    if order is not None and _first_free(right[1], left[1], order) < _first_free(left[1], right[1], order):
+        left, right = right, left
+    (x, xl), (y, yl) = _sum_alone(*left, right[1], keep), _sum_alone(*right, left[1], keep)
+    batch = [d for d in xl if d in yl and d in keep]
+    summed = [d for d in yl if d in xl and d not in keep]
+    x_free, y_free = _ordered(xl, yl, order), _ordered(yl, xl, order)
+    labels = (*batch, *x_free, *y_free)
+    if specs is not None:
+        sharding = jax.sharding.PartitionSpec(*(specs.get(d) for d in labels))
+        dims = ((_axes(xl, summed), _axes(yl, summed)), (_axes(xl, batch), _axes(yl, batch)))
+        out = lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, out_sharding=sharding)
+        # dot_general leaves free axes in the order the operands have them.
+        found = (*batch, *(d for d in xl if d in x_free), *(d for d in yl if d in y_free))
+        return jnp.transpose(out, [found.index(d) for d in labels]), labels
+    sizes = dict(zip((*xl, *yl), (*x.shape, *y.shape), strict=True))
+    x, x_axis = _matrix(x, xl, batch, x_free, summed)
+    y, y_axis = _matrix(y, yl, batch, y_free, summed)
+    over = tuple(range(len(batch)))
+    out = lax.dot_general(x, y, (((x_axis,), (y_axis,)), (over, over)), precision=precision, preferred_element_type=dtype)
+    return out.reshape([sizes[d] for d in labels]), labels
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels, Labels]]:
+    """Splits a reshape into independent smaller ones: pairs of old axes and new axes that hold the same elements, without unit axes.
+
+    Example:
+        >>> reshape_groups((6, 4, 5), (6, 1, 20))
+        [((0,), (0,)), ((1, 2), (2,))]
+    """
+    olds, news = ([(i, n) for i, n in enumerate(shape) if n != 1] for shape in (old, new))
+    groups, i, j = [], 0, 0
+    while i < len(olds):
+        i0, j0, left, right = i, j, olds[i][1], news[j][1]
+        while left != right:
+            if left < right:
+                i += 1
+                left *= olds[i][1]
+            else:
+                j += 1
+                right *= news[j][1]
+        i, j = i + 1, j + 1
+        groups.append((tuple(a for a, _ in olds[i0:i]), tuple(a for a, _ in news[j0:j])))
+    return groups
+
+
+def _drop_units(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+    units = [i for i, d in enumerate(labels) if d != RANK and part.shape[i] == 1]
+    if not units:
+        return part, labels
+    return lax.squeeze(part, units), tuple(d for i, d in enumerate(labels) if i not in units)
+
+
+def _reshape_part(
+    part: jax.Array, labels: Labels, groups: Sequence[tuple[Labels, Labels]], shape: Sequence[int]
+) -> tuple[jax.Array, Labels]:
+    of = {d: group for group in groups for d in group[0]}
+    order: list[int] = []
+    new: list[int] = []
+    for d in labels:
+        if d == RANK:
+            order.append(d), new.append(d)
+        elif d not in order:
+            order.extend(of[d][0]), new.extend(of[d][1])
+    rank = dict(zip(labels, part.shape, strict=True)).get(RANK)
+    sizes = [rank if d == RANK else shape[d] for d in new]
+    return _transpose(part, [labels.index(d) for d in order]).reshape(sizes), tuple(new)
+
+
+def _sum_alone(x: jax.Array, labels: Labels, other: Labels, keep: set[int]) -> tuple[jax.Array, Labels]:
+    """Sums away the axes that nobody else has: the update is constant along them."""
+    alone = [i for i, d in enumerate(labels) if d not in other and d not in keep]
+    if not alone:
+        return x, labels
+    return jnp.sum(x, axis=alone), tuple(d for i, d in enumerate(labels) if i not in alone)
+
+
+def _matrix(x: jax.Array, labels: Labels, batch: list[int], free: list[int], summed: list[int]) -> tuple[jax.Array, int]:
+    """``x`` as ``(*batch, free, summed)``, or with the last two exchanged where that needs no transpose; and the axis of ``summed``."""
+    swap = labels == (*batch, *summed, *free) and labels != (*batch, *free, *summed)
+    order = (*batch, *summed, *free) if swap else (*batch, *free, *summed)
+    x = _transpose(x, [labels.index(d) for d in order])
+    sizes = dict(zip(order, x.shape, strict=True))
+    merged = [prod(sizes[d] for d in group) for group in ((summed, free) if swap else (free, summed))]
+    return x.reshape([sizes[d] for d in batch] + merged), len(batch) + (0 if swap else 1)
+
+
+def _ordered(labels: Labels, other: Labels, order: Labels | None) -> list[int]:
+    free = [d for d in labels if d not in other]
+    return free if order is None else sorted(free, key=lambda d: order.index(d))
+
+
+def _first_free(labels: Labels, other: Labels, order: Labels) -> int:
+    return min((order.index(d) for d in labels if d not in other and d in order), default=len(order))
+
+
+def _axes(labels: Labels, wanted: Sequence[int]) -> tuple[int, ...]:
+    return tuple(labels.index(d) for d in wanted)
+
+
+def _transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    return x if list(order) == list(range(x.ndim)) else jnp.transpose(x, order)
+
+
+def _arrange(x: jax.Array, labels: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
+    """``x`` with its axes in the order of ``out``, broadcast along those it does not have."""
+    order = [d for d in out if d in labels]
+    x = _transpose(x, [labels.index(d) for d in order])
+    if len(order) == len(out):
+        return x
+    return lax.broadcast_in_dim(x, shape, [i for i, d in enumerate(out) if d in labels])
+
+
+def scale_part(part: jax.Array, labels: Labels, gain: jax.Array) -> jax.Array:
+    """``part`` times ``gain``, a scalar or an array of the value's rank whose axes of size above one ``part`` has."""
+    if gain.ndim == 0:
+        return part * gain.astype(part.dtype)
+    axes = [d for d in range(gain.ndim) if gain.shape[d] != 1]
+    squeezed = lax.squeeze(gain, [d for d in range(gain.ndim) if d not in axes])
+    order = [d for d in labels if d in axes]
+    aligned = _transpose(squeezed, [axes.index(d) for d in order]).astype(part.dtype)
+    return part * lax.expand_dims(aligned, [i for i, d in enumerate(labels) if d not in axes])
+
+
+def explicit_spec(*arrays: jax.Array) -> Any:
+    """The explicit sharding among ``arrays``, first found, or ``None`` in automatic mode."""
+    return reduce(lambda found, x: found if found is not None else _jax.explicit_spec(x), arrays, None)

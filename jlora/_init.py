@@ -1,0 +1,131 @@
+"""Fresh adapters for chosen sites."""
+
+from collections.abc import Iterable
+from functools import partial
+from hashlib import sha256
+from math import prod, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import _jax, _paths
+from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
+from jlora._rules import Full, LoRA, Rule, assign
+from jlora._sharding import factor_specs
+from jlora._sites import Site, Sites
+
+
+def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]) -> dict[str, Adapter]:
+    r"""Makes a fresh adapter: A random, B zero, so that it changes nothing yet.
+
+    Each leaf's key is ``key`` folded with its path, so that adding a target never changes another's start.
+
+    Args:
+        key: A PRNG key.
+        params: The base, or ``jax.ShapeDtypeStruct``s of it (``Full`` then has nothing to copy and raises).
+        sites: What ``jlora.sites`` found for the same parameters.
+        rules: One rule or several; the first that matches a leaf wins.
+
+    Returns:
+        A dict from path to adapter: ``LowRank`` with ``a: (*batch, *inputs, rank)`` and ``b: (*batch, rank, *outputs)``, or
+        ``FullWeight``. If the base leaf is split over devices by a ``NamedSharding``, so are its factors.
+
+    Raises:
+        TypeError: arguments in another order.
+        ValueError: ``sites`` belongs to other parameters; see also ``LoRA`` and ``Full``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 2))}
+        >>> found = jlora.sites(model, params, jnp.ones((7, 3)))
+        >>> lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=2))
+        >>> {path: (adapter.a.shape, adapter.b.shape) for path, adapter in lora.items()}
+        {'up': ((3, 2), (2, 5))}
+    """
+    if not isinstance(sites, Sites):
+        raise TypeError(f"init takes (key, params, sites, rules), sites from jlora.sites.\n  got: {type(sites).__name__} as sites")
+    key = as_key(key, "init takes (key, params, sites, rules), key from jax.random.key.")
+    paths, leaves, _ = _paths.flatten(params)
+    difference = sites.base.difference(fingerprint(paths, leaves))
+    if difference:
+        raise ValueError(f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these.")
+    base = dict(zip(paths, leaves, strict=True))
+    chosen = assign(rules, sites)
+    return {path: _make(key, base[path], rule, site, sites) for path, (rule, site) in chosen.items()}
+
+
+def as_key(key: Any, otherwise: str) -> jax.Array:
+    """``key`` as a typed key; legacy ``uint32`` keys are wrapped."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if dtype == jnp.uint32 and np.shape(key)[-1:] in ((2,), (4,)) and np.ndim(key) == 1:
+        return jax.random.wrap_key_data(key)
+    raise TypeError(f"{otherwise}\n  got: {type(key).__name__} {getattr(key, 'shape', '')} as the key")
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """``key`` folded with ``path``, by 64 bits of its hash."""
+    digest = sha256(path.encode()).digest()
+    for i in (0, 4):
+        key = jax.random.fold_in(key, int.from_bytes(digest[i : i + 4], "little"))
+    return key
+
+
+def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Adapter:
+    dtype = rule.dtype or _jax.promote(site.dtype, jnp.float32)
+    if isinstance(rule, Full):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"Full needs the values of '{site.path}' to start from.\n  got: only its shape and dtype")
+        return FullWeight(jnp.array(leaf, dtype=dtype, copy=True), sites.base)
+    if not site.inputs:  # allow_dense on a leaf without any product: any split into two sides will do
+        site = Site(site.path, site.shape, site.dtype, site.kind, tuple(range(len(site.shape) - 1)), (len(site.shape) - 1,))
+    sizes = [tuple(site.shape[d] for d in group) for group in (site.batch, site.inputs, site.outputs)]
+    batch, inputs, outputs = sizes
+    shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
+    shell = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    adapter = LowRank(shell["a"], shell["b"], site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
+    where = _born(leaf, adapter)
+    fan_in = 1 if site.kind == "lookup" else prod(inputs)
+    a = _fill_a(fold_path(key, site.path), rule, shapes["a"], dtype, fan_in, where["a"])
+    b = _fill_b(shapes["b"], dtype, where["b"])
+    return LowRank(a, b, site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
+
+
+def _born(leaf: Any, adapter: LowRank) -> dict[str, Any]:
+    sharding = getattr(leaf, "sharding", None) if not isinstance(leaf, jax.core.Tracer) else None
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return {"a": None, "b": None}
+    axes = (*sharding.spec, *(None,) * (len(adapter.shape) - len(sharding.spec)))
+    return {name: jax.sharding.NamedSharding(sharding.mesh, spec) for name, spec in factor_specs(adapter, axes).items()}
+
+
+def _fill_a(key: jax.Array, rule: LoRA, shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Any) -> jax.Array:
+    if not callable(rule.init_a):
+        return _random(key, rule.init_a, shape, dtype, fan_in, sharding)
+    a = jnp.asarray(rule.init_a(key, shape, dtype))
+    if a.shape != shape or not jnp.issubdtype(a.dtype, jnp.inexact):
+        raise ValueError(f"init_a must return floats of shape {shape}.\n  got: {a.dtype} of shape {a.shape}")
+    a = a.astype(dtype)
+    return a if sharding is None else jax.device_put(a, sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _random(key: jax.Array, kind: str, shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Any) -> jax.Array:
+    bound = 1.0 / sqrt(fan_in)
+    if kind == "normal":
+        a = bound * jax.random.normal(key, shape, dtype)
+    else:
+        a = jax.random.uniform(key, shape, jnp.finfo(dtype).dtype, -bound, bound).astype(dtype)
+    return a if sharding is None else lax.with_sharding_constraint(a, sharding)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _fill_b(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    b = jnp.zeros(shape, dtype)
+    return b if sharding is None else lax.with_sharding_constraint(b, sharding)

@@ -1,0 +1,201 @@
+"""The evaluator: runs a traced program in which some values are factored weights.
+
+It is ``jax.core.eval_jaxpr`` with an environment and ``RULES``. An equation that no factored weight enters is bound as it stands.
+Equations with a body are rebuilt with JAX's public functions around the same evaluator, so that a scanned, rematerialised or
+conditional layer keeps its weights factored. Nothing here names LoRA.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _jax
+from jlora._factored import Factored
+from jlora._primitives import RULES, Dense
+
+Eqn = Any
+
+
+class DenseWeightError(ValueError):
+    """An adapted weight would have to be formed as one dense array."""
+
+
+class Interpreter:
+    """Evaluates programs; one object for one trace of the whole function.
+
+    Args:
+        allow_dense: Form a weight where an operation cannot keep it factored, instead of raising.
+    """
+
+    def __init__(self, allow_dense: bool = False):
+        self.allow_dense = allow_dense
+        self.used: dict[str, int] = {}  # uses so far of each adapted leaf: each has a dropout mask of its own
+
+    def run(self, program: _jax.Program, args: Sequence[Any]) -> list[Any]:
+        """Evaluates ``program`` on arrays and factored values; returns the same."""
+        jaxpr, consts = program
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+        last = _jax.last_uses(jaxpr)
+
+        def read(atom: Any) -> Any:
+            return atom.val if _jax.is_literal(atom) else env[atom]
+
+        for index, eqn in enumerate(jaxpr.eqns):
+            with _jax.location(eqn):
+                outs = self.step(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for v in {v for v in (*eqn.invars, *eqn.outvars) if not _jax.is_literal(v) and last.get(v) == index}:
+                del env[v]
+        return [read(v) for v in jaxpr.outvars]
+
+    def step(self, eqn: Eqn, values: list[Any]) -> list[Any]:
+        """Evaluates one equation."""
+        positions = [i for i, v in enumerate(values) if isinstance(v, Factored)]
+        if not positions:
+            return _jax.bind(eqn, values)
+        name = eqn.primitive.name
+        if name in BODIES:
+            return BODIES[name](self, eqn, values)
+        if name in RULES and len(positions) == 1:
+            position = positions[0]
+            path = values[position].branch.path
+            try:
+                outs = RULES[name](eqn, position, values, self.used.get(path, 0))
+            except Dense:
+                pass
+            else:
+                self.used[path] = self.used.get(path, 0) + 1
+                return outs
+        return _jax.bind(eqn, [self.dense(v, name, eqn) for v in values])
+
+    def dense(self, value: Any, operation: str, eqn: Eqn | None = None) -> Any:
+        """``value`` as an array; raises if it is a factored weight and that is not allowed."""
+        if not isinstance(value, Factored):
+            return value
+        if not self.allow_dense:
+            place = "" if eqn is None else f" at {_jax.where(eqn)}"
+            raise DenseWeightError(
+                f"The adapted weight '{value.branch.path}' would have to be made dense, as {value.shape}.\n"
+                f"  operation: {operation}{place}\n"
+                "  Leave the weight out of the targets, train it outright with Full, or accept a full-size gradient: "
+                'wrap(fn, dense="allow").'
+            )
+        return value.dense()
+
+
+Body = Callable[[Interpreter, Eqn, list[Any]], list[Any]]
+
+
+def _jit(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    """Inlined; shardings that the inner ``jit`` fixed become constraints."""
+    ins, outs = _jax.jit_shardings(eqn)
+    values = [_constrain(v, s) for v, s in zip(values, ins, strict=True)]
+    results = interp.run(_jax.subprogram(eqn), values)
+    return [_constrain(v, s) for v, s in zip(results, outs, strict=True)]
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    if sharding is None or isinstance(value, Factored):
+        return value
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _remat(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    body = _jax.subprogram(eqn)
+    return jax.checkpoint(lambda vs: interp.run(body, vs), **_jax.remat(eqn))(values)
+
+
+def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    s = _jax.scan(eqn)
+    consts, carry, xs = _split(values, s.num_consts, s.num_carry)
+    kept, carried = _loop_carry(interp, eqn, carry, _jax.forwarded(s.body, s.num_consts, s.num_carry))
+    unstacked = [v.unstack() if isinstance(v, Factored) else ([v], lambda one: one[0]) for v in xs]
+    steps = jnp.arange(s.length) if _has_keys(consts + list(kept.values())) else None
+
+    def body(c: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
+        step, parts = x
+        fixed = [_refold(v, step) for v in consts]
+        full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
+        sliced = [inside(part) for (_, inside), part in zip(unstacked, parts, strict=True)]
+        outs = interp.run(s.body, [*fixed, *full, *sliced])
+        outs = [None if i in kept else interp.dense(v, "scan (returned from its body)", eqn) for i, v in enumerate(outs)]
+        return [v for i, v in enumerate(outs[: s.num_carry]) if i not in kept], outs[s.num_carry :]
+
+    out, ys = lax.scan(body, carried, (steps, [arrays for arrays, _ in unstacked]), length=s.length, reverse=s.reverse, unroll=s.unroll)
+    return [*_merge_carry(kept, out), *ys]
+
+
+def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    w = _jax.while_(eqn)
+    cond_consts, body_consts, carry = _split(values, w.cond_consts, w.body_consts)
+    kept, carried = _loop_carry(interp, eqn, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
+    steps = jnp.zeros((), jnp.int32) if _has_keys(body_consts + list(kept.values())) else None
+
+    def cond(state: Any) -> jax.Array:
+        (go,) = interp.run(w.cond, [*cond_consts, *_merge_carry(kept, state[1])])
+        return go
+
+    def body(state: Any) -> Any:
+        step, c = state
+        full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
+        outs = interp.run(w.body, [*(_refold(v, step) for v in body_consts), *full])
+        outs = [interp.dense(v, "while (returned from its body)", eqn) for i, v in enumerate(outs) if i not in kept]
+        return None if step is None else step + 1, outs
+
+    return _merge_carry(kept, lax.while_loop(cond, body, (steps, carried))[1])
+
+
+def _cond(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    index, *operands = values
+
+    def branch(program: _jax.Program) -> Callable[[list[Any]], list[Any]]:
+        return lambda vs: [interp.dense(v, "cond (returned from a branch)", eqn) for v in interp.run(program, vs)]
+
+    return lax.switch(interp.dense(index, "cond (its index)", eqn), [branch(p) for p in _jax.branches(eqn)], operands)
+
+
+def _barrier(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    """``optimization_barrier`` takes and returns any number of values: it is here because it alone may meet several weights."""
+    ws = _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
+    return [replace(v, w=w) if isinstance(v, Factored) else w for v, w in zip(values, ws, strict=True)]
+
+
+BODIES: dict[str, Body] = {
+    "optimization_barrier": _barrier,
+    "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _jit,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def _split(values: list[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
+    return values[:first], values[first : first + second], values[first + second :]
+
+
+def _loop_carry(interp: Interpreter, eqn: Eqn, carry: list[Any], forwarded: set[int]) -> tuple[dict[int, Any], list[Any]]:
+    """Splits a loop's carry into weights that pass through unchanged, by position, and the rest as arrays."""
+    kept = {i: v for i, v in enumerate(carry) if i in forwarded and isinstance(v, Factored)}
+    name = f"{eqn.primitive.name} (carried and changed)"
+    return kept, [interp.dense(v, name, eqn) for i, v in enumerate(carry) if i not in kept]
+
+
+def _merge_carry(kept: dict[int, Any], carried: Sequence[Any]) -> list[Any]:
+    rest = iter(carried)
+    return [kept[i] if i in kept else next(rest) for i in range(len(kept) + len(carried))]
+
+
+def _has_keys(values: list[Any]) -> bool:
+    return any(isinstance(v, Factored) and len(v.parts) > 2 for v in values)
+
+
+def _refold(value: Any, step: Any) -> Any:
+    return value.refold(step) if isinstance(value, Factored) and step is not None else value

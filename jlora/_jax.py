@@ -1,0 +1,171 @@
+"""The one file that knows JAX's internals and its versions.
+
+Everything else sees a traced program as equations (``Eqn``) and asks here for what their parameters mean. It does not decide
+anything about weights. Differences bridged: open and closed jaxprs (merged in 0.12), and the fields of ``scan`` (``num_consts``
+and ``num_carry`` up to 0.10, ``ft_in`` from 0.11).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import source_info_util
+from jax._src.sharding_impls import UnspecifiedValue
+from jax.extend import core as jex
+
+Jaxpr = Any
+Eqn = Any
+Var = Any
+
+# Code of frameworks: an error should name the line of the model that called them.
+_FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/")
+_OURS = "/jlora/"
+
+
+class Program(NamedTuple):
+    """A traced function: its equations and the values it closed over."""
+
+    jaxpr: Jaxpr
+    consts: Sequence[Any]
+
+
+class Scan(NamedTuple):
+    """What a ``scan`` equation means, whatever the version that wrote it."""
+
+    body: Program
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int | bool
+
+
+class While(NamedTuple):
+    """What a ``while`` equation means."""
+
+    cond: Program
+    body: Program
+    cond_consts: int
+    body_consts: int
+
+
+def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:
+    """Traces ``fn(*args)``, where ``args`` are arrays or ``jax.ShapeDtypeStruct``s and ``fn`` returns a list of arrays."""
+    return program(jax.make_jaxpr(fn)(*args))
+
+
+def program(jaxpr: Any) -> Program:
+    """Takes a closed or open jaxpr apart."""
+    return Program(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()))
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an input of an equation is a constant written into it."""
+    return isinstance(atom, jex.Literal)
+
+
+def last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
+    """For each variable the index of the last equation that reads it; absent if it is an output or never read."""
+    last = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        last.update({v: index for v in eqn.invars if not is_literal(v)})
+    for v in jaxpr.outvars:
+        if not is_literal(v):
+            last.pop(v, None)
+    return last
+
+
+@contextmanager
+def location(eqn: Eqn) -> Iterator[None]:
+    """New equations made inside carry ``eqn``'s source line, name scopes, mesh and metadata."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluates ``eqn`` as it stands on ``values``."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def subprogram(eqn: Eqn) -> Program:
+    """The body of an equation that has exactly one."""
+    params = eqn.params
+    return program(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
+
+
+def scan(eqn: Eqn) -> Scan:
+    """Reads a ``scan`` equation."""
+    p = eqn.params
+    if "ft_in" in p:  # jax >= 0.11
+        num_consts, num_carry = (len(list(part)) for part in p["ft_in"].unpack()[:2])
+    else:
+        num_consts, num_carry = p["num_consts"], p["num_carry"]
+    return Scan(program(p["jaxpr"]), num_consts, num_carry, p["length"], p["reverse"], p["unroll"])
+
+
+def while_(eqn: Eqn) -> While:
+    """Reads a ``while`` equation."""
+    p = eqn.params
+    return While(program(p["cond_jaxpr"]), program(p["body_jaxpr"]), p["cond_nconsts"], p["body_nconsts"])
+
+
+def branches(eqn: Eqn) -> list[Program]:
+    """The branches of a ``cond`` equation, in the order of its index."""
+    return [program(branch) for branch in eqn.params["branches"]]
+
+
+def remat(eqn: Eqn) -> dict[str, Any]:
+    """The arguments ``jax.checkpoint`` was called with."""
+    return {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+
+
+def jit_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
+    """The shardings an inner ``jit`` fixes for its inputs and outputs; ``None`` where it fixes none."""
+
+    def fixed(shardings: Sequence[Any], count: int) -> list[Any]:
+        return [None if isinstance(s, UnspecifiedValue) else s for s in shardings] or [None] * count
+
+    p = eqn.params
+    return (
+        fixed(p.get("in_shardings", ()), len(eqn.invars)),
+        fixed(p.get("out_shardings", ()), len(eqn.outvars)),
+    )
+
+
+def forwarded(body: Program, first: int, count: int) -> set[int]:
+    """Which of the ``count`` carried values, inputs ``first`` onwards of ``body``, come out of it as they went in."""
+    invars, outvars = body.jaxpr.invars[first : first + count], body.jaxpr.outvars[:count]
+    return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is w}
+
+
+def where(eqn: Eqn) -> str:
+    """``"model.py:12 (Block.__call__)"``: the line of the model's source that made ``eqn``."""
+    frames = []
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        path = frame.file_name.replace("\\", "/")
+        if _OURS in path and path.rsplit("/", 2)[-2] == "jlora":
+            break
+        frames.append(frame)
+    if not frames:
+        return "an unknown line"
+    own = [f for f in frames if not any(part in f.file_name.replace("\\", "/") for part in _FRAMEWORKS)]
+    frame = (own or frames)[0]
+    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+
+
+def promote(*dtypes: Any) -> Any:
+    """The dtype that holds values of all ``dtypes``, whatever promotion mode the user has set."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.numpy.promote_types(*dtypes)
+
+
+def explicit_spec(x: Any) -> Any:
+    """The ``PartitionSpec`` of ``x`` if its mesh is in explicit mode and splits it, else ``None``."""
+    sharding = jax.typeof(x).sharding
+    spec = getattr(sharding, "spec", ())
+    if sharding.mesh.empty or not sharding.mesh._any_axis_explicit or all(s is None for s in spec):
+        return None
+    return spec

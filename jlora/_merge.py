@@ -1,0 +1,90 @@
+"""Folding adapters into the base, leaf by leaf."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import _jax, _paths
+from jlora._adapters import Adapter
+from jlora._wrap import check_base, check_lora
+
+
+def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report: bool = False) -> Any:
+    r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the factors' precision.
+
+    Pure and leaf by leaf; leaves without an adapter are returned as they are. Under ``jax.jit`` with ``donate_argnums=0`` it needs no
+    second copy of the base.
+
+    Args:
+        params: The base.
+        lora: Adapters by path.
+        dtype: Of the merged leaves; by default each keeps its own. A bf16 leaf stores only about 5 to 10 % fine a small update: pass
+            ``jnp.float32`` to keep all of it.
+        report: Also return what rounding lost.
+
+    Returns:
+        A tree like ``params``, with the same structure and shardings. With ``report``, also a dict from path to the relative error of
+        the update as stored, $\lVert \mathrm{stored} - \Delta \rVert / \lVert \Delta \rVert$ (0 for no update).
+
+    Raises:
+        TypeError: arguments in another order.
+        ValueError: an adapter belongs to another base.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 2))}
+        >>> found = jlora.sites(model, params, jnp.ones((7, 3)))
+        >>> lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=2))
+        >>> merged = jlora.merge(params, lora)
+        >>> bool((merged["up"] == params["up"]).all())  # a fresh adapter is the identity
+        True
+    """
+    check_lora(lora, params)
+    paths, leaves, tree = _paths.flatten(params)
+    check_base(lora, paths, leaves)
+    merged, lost = [], {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path in lora:
+            leaf, lost[path] = _fold(leaf, lora[path], dtype, report)
+        merged.append(leaf)
+    out = jax.tree_util.tree_unflatten(tree, merged)
+    return (out, lost) if report else out
+
+
+def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Array]:
+    r"""The dense update of every adapted leaf, $s\,A B$, by path, in the factors' dtype and the leaf's shape.
+
+    Args:
+        lora: Adapters by path.
+        params: The base; needed only where a leaf is trained outright, whose update is its value less the base's.
+
+    Raises:
+        ValueError: a leaf is trained outright and ``params`` is not given, or ``params`` is another base.
+    """
+    check_lora(lora)
+    if params is None:
+        return {path: adapter.delta(None) for path, adapter in lora.items()}
+    paths, leaves, _ = _paths.flatten(params)
+    check_base(lora, paths, leaves)
+    base = dict(zip(paths, leaves, strict=True))
+    return {path: adapter.delta(base[path]) for path, adapter in lora.items()}
+
+
+def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any]:
+    w = jnp.asarray(leaf)
+    update = adapter.delta(w)
+    wide = _jax.promote(w.dtype, update.dtype)
+    total = w.astype(wide) + update.astype(wide)
+    stored = total.astype(dtype or w.dtype)
+    sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
+    if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
+        stored = jax.device_put(stored, sharding)
+    if not report:
+        return stored, None
+    error = jnp.linalg.norm(stored.astype(wide) - w.astype(wide) - update)
+    size = jnp.linalg.norm(update)
+    return stored, jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0.0)

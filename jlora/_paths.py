@@ -1,0 +1,46 @@
+"""Paths of the leaves of a parameter tree, and the nearest ones to a misspelt one.
+
+A path is what ``jax.tree_util.keystr(keys, simple=True, separator="/")`` gives, for any pytree. Nothing here knows what a leaf is for.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+
+def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Returns the paths of ``tree``'s leaves, the leaves, and the tree's structure.
+
+    Raises:
+        ValueError: two leaves have the same path (a key that itself contains ``/`` can do that).
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in keyed]
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"Two leaves of the tree have the same path '{twice}'.\n  Rename one of the keys.")
+    return paths, [leaf for _, leaf in keyed], treedef
+
+
+def nearest(path: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` candidates most like ``path``, best first; never empty unless ``candidates`` is."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(path, candidates, n=count, cutoff=0.5)
+    if close:
+        return close
+    # A pattern such as ".*/dwon/kernel" is unlike every whole path: compare the named parts instead.
+    words = [word for word in path.replace("\\", "").split("/") if word.strip(".*?+()|[]^$")]
+    return sorted(candidates, key=lambda c: -_overlap(words, c.split("/")))[:count]
+
+
+def _overlap(words: Sequence[str], parts: Sequence[str]) -> float:
+    return sum(max((difflib.SequenceMatcher(None, w, p).ratio() for p in parts), default=0.0) for w in words)
+
+
+def listing(paths: Sequence[str], limit: int = 8) -> str:
+    """``"a, b, c and 5 more"``: a list short enough for an error message."""
+    paths = list(paths)
+    shown = ", ".join(paths[:limit])
+    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"

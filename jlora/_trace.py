@@ -1,0 +1,59 @@
+"""Tracing a call ``fn(params, *args, **kwargs)``: which arguments are arrays and which stay static Python values."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jlora import _jax, _paths
+
+
+class Call(NamedTuple):
+    """A traced call.
+
+    Attributes:
+        program: Takes the leaves of ``params``, then the array arguments.
+        paths: Of the leaves of ``params``.
+        leaves: Of ``params``.
+        arrays: The array arguments.
+        out_tree: Structure of what ``fn`` returned.
+    """
+
+    program: _jax.Program
+    paths: list[str]
+    leaves: list[Any]
+    arrays: list[Any]
+    out_tree: Any
+
+
+def is_array(x: Any) -> bool:
+    """Whether an argument is traced. Python numbers, flags, strings and functions are not: they stay as they are."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSUV" or jax.dtypes.issubdtype(x.dtype, np.inexact)
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+
+
+def trace_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Traces ``fn(params, *args, **kwargs)`` without computing anything; leaves may be ``jax.ShapeDtypeStruct``s."""
+    paths, leaves, tree = _paths.flatten(params)
+    if not leaves:
+        raise ValueError(f"The parameter tree has no leaves.\n  got: {type(params).__name__}\n  Pass the parameters second: (fn, params, ...).")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not is_array(leaf) and not isinstance(leaf, int | float | complex):
+            raise TypeError(f"The leaf '{path}' of the parameters is not an array but {type(leaf).__name__}.")
+    flat, arg_tree = jax.tree_util.tree_flatten((args, kwargs))
+    dynamic = [is_array(x) for x in flat]
+    arrays = [x for x, is_dynamic in zip(flat, dynamic, strict=True) if is_dynamic]
+    out_tree = None
+
+    def flat_fn(leaves: list[Any], arrays: list[Any]) -> list[Any]:
+        nonlocal out_tree
+        rest = iter(arrays)
+        values = [next(rest) if is_dynamic else x for x, is_dynamic in zip(flat, dynamic, strict=True)]
+        args, kwargs = jax.tree_util.tree_unflatten(arg_tree, values)
+        out, out_tree = jax.tree_util.tree_flatten(fn(jax.tree_util.tree_unflatten(tree, leaves), *args, **kwargs))
+        return out
+
+    program = _jax.trace(flat_fn, (leaves, arrays))
+    return Call(program, paths, leaves, arrays, out_tree)

@@ -1,0 +1,122 @@
+"""The public transform: a function of parameters becomes a function of parameters and adapters."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import _paths
+from jlora._adapters import Adapter
+from jlora._factored import Branch
+from jlora._init import as_key, fold_path
+from jlora._interpret import Interpreter
+from jlora._trace import trace_call
+
+
+def wrap(fn: Callable[..., Any], *, dense: Literal["error", "allow"] = "error", train_base: bool = False) -> Callable[..., Any]:
+    r"""Returns ``apply(params, lora, *args, dropout_key=None, **kwargs)``: ``fn`` with adapted weights, kept factored.
+
+    ``apply`` gives what ``fn(merge(params, lora), *args, **kwargs)`` gives, up to rounding. It traces ``fn``, and evaluates the same
+    program with every adapted weight as $x W + s\,(x A) B$; the update $A B$ is never formed, neither forward nor backward. It is
+    pure: ``jit`` it, differentiate it, ``vmap`` it.
+
+    Args:
+        fn: Any JAX function whose first argument is a tree of parameters.
+        dense: What to do where an operation needs an adapted weight whole: ``"error"`` raises, naming the leaf, the operation and
+            the line of the model; ``"allow"`` forms ``W + s A B`` there, with a gradient of full size.
+        train_base: Let gradients reach ``params``. Without it they are stopped, so that a gradient taken of the whole tree by mistake
+            costs nothing.
+
+    Returns:
+        ``apply``. Arrays among its arguments are traced; flags, strings and Python numbers stay as they are. ``dropout_key``, a PRNG
+        key, turns on dropout on the adapter branches whose rule has a rate; without it there is none.
+
+    Raises:
+        TypeError: ``fn`` is not callable; ``apply`` got its arguments in another order.
+        ValueError: in ``apply``: an adapter belongs to another base, or none has an effect.
+        DenseWeightError: in ``apply``: see ``dense``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> def model(params, x):
+        ...     return jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 2))}
+        >>> x = jnp.ones((7, 3))
+        >>> lora = jlora.init(jax.random.key(0), params, jlora.sites(model, params, x), jlora.LoRA(rank=2))
+        >>> apply = jax.jit(jlora.wrap(model))
+        >>> bool((apply(params, lora, x) == jax.jit(model)(params, x)).all())
+        True
+    """
+    if not callable(fn):
+        raise TypeError(f"wrap takes a function of a parameter tree.\n  got: {type(fn).__name__}")
+    if dense not in ("error", "allow"):
+        raise ValueError(f"dense must be 'error' or 'allow'.\n  got: {dense!r}")
+
+    @functools.wraps(fn)
+    def apply(params: Any, lora: Mapping[str, Adapter], *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+        check_lora(lora, params)
+        if dropout_key is not None:
+            dropout_key = as_key(dropout_key, "dropout_key must be one PRNG key.")
+        call = trace_call(fn, params, args, kwargs)
+        leaves = call.leaves if train_base else [_freeze(leaf) for leaf in call.leaves]
+        check_base(lora, call.paths, leaves)
+        _check_read(lora, call)
+        entered = [
+            _enter(lora[path], leaf, path, dropout_key) if path in lora else leaf
+            for path, leaf in zip(call.paths, leaves, strict=True)
+        ]
+        interpreter = Interpreter(allow_dense=dense == "allow")
+        outs = interpreter.run(call.program, [*entered, *call.arrays])
+        outs = [interpreter.dense(out, "it is returned by the function") for out in outs]
+        return jax.tree_util.tree_unflatten(call.out_tree, outs)
+
+    # The signature of fn no longer holds: apply takes the adapter second.
+    del apply.__wrapped__
+    return apply
+
+
+def check_lora(lora: Any, params: Any = None) -> None:
+    """Raises unless ``lora`` is a non-empty dict from path to adapter; looks whether ``params`` is one instead."""
+    if isinstance(lora, Mapping) and lora and all(isinstance(x, Adapter) for x in lora.values()):
+        return
+    swapped = isinstance(params, Mapping) and params and all(isinstance(x, Adapter) for x in params.values())
+    if swapped:
+        raise TypeError("The parameters come first, then the adapter: (params, lora, ...).\n  got: an adapter as params")
+    if isinstance(lora, Mapping) and not lora:
+        raise ValueError("The adapter is empty: it would have no effect.\n  Call the function itself, or make an adapter with jlora.init.")
+    raise TypeError(f"lora must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}")
+
+
+def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any]) -> None:
+    """Raises unless every adapted leaf is there, with the shape it was adapted for."""
+    shapes = {path: np.shape(leaf) for path, leaf in zip(paths, leaves, strict=True)}
+    for path, adapter in lora.items():
+        if path not in shapes:
+            raise ValueError(f"The adapter belongs to another base: there is no leaf '{path}'.\n  nearest: {', '.join(_paths.nearest(path, shapes))}")
+        if shapes[path] != adapter.shape:
+            raise ValueError(
+                f"The adapter belongs to another base: '{path}' has shape {shapes[path]}, the adapter is for {adapter.shape}."
+            )
+
+
+def _check_read(lora: Mapping[str, Adapter], call: Any) -> None:
+    """Raises if this call reads none of the adapted leaves. Some may be unread: a model has several methods."""
+    read = {v for eqn in call.program.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+    read |= {v for v in call.program.jaxpr.outvars if not hasattr(v, "val")}
+    invars = call.program.jaxpr.invars
+    if not any(path in lora and v in read for path, v in zip(call.paths, invars, strict=False)):
+        raise ValueError(f"The adapter would have no effect: this call uses none of {_paths.listing(list(lora))}.")
+
+
+def _enter(adapter: Adapter, leaf: Any, path: str, dropout_key: Any) -> Any:
+    key = None if dropout_key is None else fold_path(dropout_key, path)
+    return adapter.enter(jnp.asarray(leaf), Branch(path, getattr(adapter, "dropout", 0.0)), key)
+
+
+def _freeze(leaf: Any) -> Any:
+    # Only a tracer can be differentiated; on a constant this would only add an equation.
+    return lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf

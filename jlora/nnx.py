@@ -1,0 +1,81 @@
+"""Flax NNX: a module as a pure function of its parameters, and back.
+
+``fn, params = jlora.nnx.split(module)`` gives what every function of jlora takes; ``jlora.nnx.merge(fn, params)`` gives a module again.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+class Functional:
+    """``fn(params, *args, **kwargs)``: calls a module that has ``params`` for its ``nnx.Param``s.
+
+    The module's other state (batch statistics, random streams) is as it was when the module was split. A call that would change it
+    raises, unless ``mutable=True``: then the call returns ``(output, state)``, and ``state=`` passes it to the next one.
+    """
+
+    def __init__(self, graph: Any, state: Any):
+        self._graph, self.state = graph, state
+
+    def __call__(self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any) -> Any:
+        state = self.state if state is None else state
+        module = nnx.merge(self._graph, nnx.State(params), state)
+        out = getattr(module, method)(*args, **kwargs)
+        _, _, after = nnx.split(module, nnx.Param, ...)
+        if mutable:
+            return out, after
+        changed = _changed(state, after)
+        if changed:
+            raise ValueError(
+                f"The call changes '{changed}', which a pure function cannot.\n"
+                "  Put the module in evaluation mode (module.eval()) before splitting it, or pass mutable=True and take (output, state)."
+            )
+        return out
+
+
+def split(module: nnx.Module) -> tuple[Functional, Any]:
+    """Splits ``module`` into a pure function and its parameters, a plain nested dict.
+
+    Args:
+        module: Any NNX module.
+
+    Returns:
+        ``(fn, params)``: ``fn(params, *args, **kwargs)`` is what ``module(*args, **kwargs)`` is; ``method="name"`` calls another method.
+
+    Raises:
+        TypeError: ``module`` is no NNX module.
+
+    Example:
+        >>> import jax, jlora
+        >>> from flax import nnx
+        >>> fn, params = jlora.nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0)))
+        >>> fn(params, jax.numpy.ones((2, 3))).shape
+        (2, 5)
+    """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"split takes an nnx.Module.\n  got: {type(module).__name__}")
+    graph, params, state = nnx.split(module, nnx.Param, ...)
+    return Functional(graph, state), nnx.to_pure_dict(params)
+
+
+def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
+    """A module again, with ``params`` for its parameters: the way back from ``split``.
+
+    Args:
+        fn: The function ``split`` returned.
+        params: Its parameters, for example merged ones.
+        state: The rest of the module's state, if a call with ``mutable=True`` returned another.
+    """
+    if not isinstance(fn, Functional):
+        raise TypeError(f"merge takes the function that jlora.nnx.split returned.\n  got: {type(fn).__name__}")
+    return nnx.merge(fn._graph, nnx.State(params), fn.state if state is None else state)
+
+
+def _changed(before: Any, after: Any) -> str | None:
+    old, new = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (before, after))
+    for (_, x), (keys, y) in zip(old, new, strict=True):
+        if x is not y:
+            return jax.tree_util.keystr(keys, simple=True, separator="/")
+    return None

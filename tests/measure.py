@@ -1,0 +1,45 @@
+"""What a traced program really does: values it computes, counted in its jaxpr."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+# These show the base in another form; they compute nothing new from it.
+_VIEWS = {
+    "stop_gradient", "transpose", "reshape", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "rev", "copy", "copy_p",
+    "convert_element_type", "optimization_barrier", "name", "gather", "split", "reduce_precision", "sharding_constraint",
+}  # fmt: skip
+
+
+def equations(jaxpr: Any) -> Any:
+    """Every equation of a program and of the programs inside it, but not those that only call one."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        inner = list(core.jaxprs_in_params(eqn.params))
+        for sub in inner:
+            yield from equations(sub)
+        if not inner:
+            yield eqn
+
+
+def computed_values(jaxpr: Any, shapes: set[tuple[int, ...]]) -> int:
+    """How many float values of one of ``shapes`` (in any order of axes) a program computes."""
+    wanted = {tuple(sorted(shape)) for shape in shapes}
+    return sum(
+        tuple(sorted(v.aval.shape)) in wanted and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name not in _VIEWS
+        for v in eqn.outvars
+    )
+
+
+def flops(fn: Any, *args: Any) -> float:
+    """Flops of the compiled ``fn(*args)``, as XLA counts them."""
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def temporaries(fn: Any, *args: Any) -> int:
+    """Bytes of temporary memory of the compiled ``fn(*args)``."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes

@@ -142,7 +142,8 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
         description |= {"arrays": arrays.name, "files": _digests(arrays)}
         _write_json(path / _JSON, description)
     except BaseException:
-        shutil.rmtree(arrays, ignore_errors=True)
+        for stray in path.glob(f"{arrays.name}*"):  # orbax writes beside, under a longer name
+            shutil.rmtree(stray, ignore_errors=True)
         for stray in path.glob(f".{_JSON}.*"):
             stray.unlink(missing_ok=True)
         if not any(path.iterdir()):
@@ -243,9 +244,12 @@ def _as_tree(lora: Mapping[str, Adapter]) -> dict[str, dict[str, Any]]:
 def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _as_tree(lora))
-        checkpointer.wait_until_finished()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, _as_tree(lora))
+            checkpointer.wait_until_finished()
+    except (ValueError, OSError) as error:  # the storage below reports a full disk as a ValueError
+        raise OSError(f"The adapter could not be saved at {folder.parent}; what was there before is unchanged.\n  {error}") from error
 
 
 def _digests(folder: Path) -> dict[str, list[Any]]:

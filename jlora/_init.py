@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jlora import _jax, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
@@ -122,10 +121,10 @@ def _random(key: jax.Array, kind: str, shape: tuple[int, ...], dtype: Any, fan_i
         a = bound * jax.random.normal(key, shape, dtype)
     else:
         a = jax.random.uniform(key, shape, jnp.finfo(dtype).dtype, -bound, bound).astype(dtype)
-    return a if sharding is None else lax.with_sharding_constraint(a, sharding)
+    return a if sharding is None else _jax.place(a, sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _fill_b(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     b = jnp.zeros(shape, dtype)
-    return b if sharding is None else lax.with_sharding_constraint(b, sharding)
+    return b if sharding is None else _jax.place(b, sharding)

@@ -33,6 +33,7 @@ class Interpreter:
 
     def __init__(self, allow_dense: bool = False):
         self.allow_dense = allow_dense
+        self.within: list[Eqn] = []  # the equation at hand and those around it
         self.used: dict[str, int] = {}  # uses so far of each adapted leaf: each has a dropout mask of its own
 
     def run(self, program: _jax.Program, args: Sequence[Any]) -> list[Any]:
@@ -45,8 +46,10 @@ class Interpreter:
             return atom.val if _jax.is_literal(atom) else env[atom]
 
         for index, eqn in enumerate(jaxpr.eqns):
+            self.within.append(eqn)
             with _jax.location(eqn):
                 outs = self.step(eqn, [read(v) for v in eqn.invars])
+            self.within.pop()
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in {v for v in (*eqn.invars, *eqn.outvars) if not _jax.is_literal(v) and last.get(v) == index}:
                 del env[v]
@@ -70,14 +73,14 @@ class Interpreter:
             else:
                 self.used[path] = self.used.get(path, 0) + 1
                 return outs
-        return _jax.bind(eqn, [self.dense(v, name, eqn) for v in values])
+        return _jax.bind(eqn, [self.dense(v, name) for v in values])
 
-    def dense(self, value: Any, operation: str, eqn: Eqn | None = None) -> Any:
+    def dense(self, value: Any, operation: str) -> Any:
         """``value`` as an array; raises if it is a factored weight and that is not allowed."""
         if not isinstance(value, Factored):
             return value
         if not self.allow_dense:
-            place = "" if eqn is None else f" at {_jax.where(eqn)}"
+            place = f" at {_jax.where(self.within)}" if self.within else ""
             raise DenseWeightError(
                 f"The adapted weight '{value.branch.path}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
@@ -101,7 +104,7 @@ def _jit(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
 def _constrain(value: Any, sharding: Any) -> Any:
     if sharding is None or isinstance(value, Factored):
         return value
-    return lax.with_sharding_constraint(value, sharding)
+    return _jax.place(value, sharding)
 
 
 def _remat(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
@@ -112,7 +115,7 @@ def _remat(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
 def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     s = _jax.scan(eqn)
     consts, carry, xs = _split(values, s.num_consts, s.num_carry)
-    kept, carried = _loop_carry(interp, eqn, carry, _jax.forwarded(s.body, s.num_consts, s.num_carry))
+    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(s.body, s.num_consts, s.num_carry))
     unstacked = [v.unstack() if isinstance(v, Factored) else ([v], lambda one: one[0]) for v in xs]
     steps = jnp.arange(s.length) if _has_keys(consts + list(kept.values())) else None
 
@@ -122,7 +125,7 @@ def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
         full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
         sliced = [inside(part) for (_, inside), part in zip(unstacked, parts, strict=True)]
         outs = interp.run(s.body, [*fixed, *full, *sliced])
-        outs = [None if i in kept else interp.dense(v, "scan (returned from its body)", eqn) for i, v in enumerate(outs)]
+        outs = [None if i in kept else interp.dense(v, "scan (returned from its body)") for i, v in enumerate(outs)]
         return [v for i, v in enumerate(outs[: s.num_carry]) if i not in kept], outs[s.num_carry :]
 
     out, ys = lax.scan(body, carried, (steps, [arrays for arrays, _ in unstacked]), length=s.length, reverse=s.reverse, unroll=s.unroll)
@@ -132,7 +135,7 @@ def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
 def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     w = _jax.while_(eqn)
     cond_consts, body_consts, carry = _split(values, w.cond_consts, w.body_consts)
-    kept, carried = _loop_carry(interp, eqn, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
+    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
     steps = jnp.zeros((), jnp.int32) if _has_keys(body_consts + list(kept.values())) else None
 
     def cond(state: Any) -> jax.Array:
@@ -143,7 +146,7 @@ def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
         step, c = state
         full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
         outs = interp.run(w.body, [*(_refold(v, step) for v in body_consts), *full])
-        outs = [interp.dense(v, "while (returned from its body)", eqn) for i, v in enumerate(outs) if i not in kept]
+        outs = [interp.dense(v, "while (returned from its body)") for i, v in enumerate(outs) if i not in kept]
         return None if step is None else step + 1, outs
 
     return _merge_carry(kept, lax.while_loop(cond, body, (steps, carried))[1])
@@ -153,9 +156,9 @@ def _cond(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     index, *operands = values
 
     def branch(program: _jax.Program) -> Callable[[list[Any]], list[Any]]:
-        return lambda vs: [interp.dense(v, "cond (returned from a branch)", eqn) for v in interp.run(program, vs)]
+        return lambda vs: [interp.dense(v, "cond (returned from a branch)") for v in interp.run(program, vs)]
 
-    return lax.switch(interp.dense(index, "cond (its index)", eqn), [branch(p) for p in _jax.branches(eqn)], operands)
+    return lax.switch(interp.dense(index, "cond (its index)"), [branch(p) for p in _jax.branches(eqn)], operands)
 
 
 def _barrier(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
@@ -181,11 +184,10 @@ def _split(values: list[Any], first: int, second: int) -> tuple[list[Any], list[
     return values[:first], values[first : first + second], values[first + second :]
 
 
-def _loop_carry(interp: Interpreter, eqn: Eqn, carry: list[Any], forwarded: set[int]) -> tuple[dict[int, Any], list[Any]]:
+def _loop_carry(interp: Interpreter, loop: str, carry: list[Any], forwarded: set[int]) -> tuple[dict[int, Any], list[Any]]:
     """Splits a loop's carry into weights that pass through unchanged, by position, and the rest as arrays."""
     kept = {i: v for i, v in enumerate(carry) if i in forwarded and isinstance(v, Factored)}
-    name = f"{eqn.primitive.name} (carried and changed)"
-    return kept, [interp.dense(v, name, eqn) for i, v in enumerate(carry) if i not in kept]
+    return kept, [interp.dense(v, f"{loop} (carried and changed)") for i, v in enumerate(carry) if i not in kept]
 
 
 def _merge_carry(kept: dict[int, Any], carried: Sequence[Any]) -> list[Any]:

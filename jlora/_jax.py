@@ -20,7 +20,6 @@ Var = Any
 
 # Code of frameworks: an error should name the line of the model that called them.
 _FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/")
-_OURS = "/jlora/"
 
 
 class Program(NamedTuple):
@@ -141,25 +140,39 @@ def forwarded(body: Program, first: int, count: int) -> set[int]:
     return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is w}
 
 
-def where(eqn: Eqn) -> str:
-    """``"model.py:12 (Block.__call__)"``: the line of the model's source that made ``eqn``."""
-    frames = []
-    for frame in source_info_util.user_frames(eqn.source_info.traceback):
-        path = frame.file_name.replace("\\", "/")
-        if _OURS in path and path.rsplit("/", 2)[-2] == "jlora":
-            break
-        frames.append(frame)
-    if not frames:
+def where(eqns: Sequence[Eqn]) -> str:
+    """``"model.py:12 (Block.__call__)"``: the line of the model's source that made the last of ``eqns``, the others being around it.
+
+    An equation inside a ``jit`` or ``scan`` knows only the lines inside it; where those are a library's, the line of the call counts.
+    """
+    known = [frame for eqn in reversed(eqns) for frame in _frames(eqn)]
+    own = [f for f in known if not any(part in f.file_name.replace("\\", "/") for part in _FRAMEWORKS)]
+    if not known:
         return "an unknown line"
-    own = [f for f in frames if not any(part in f.file_name.replace("\\", "/") for part in _FRAMEWORKS)]
-    frame = (own or frames)[0]
+    frame = (own or known)[0]
     return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+
+
+def _frames(eqn: Eqn) -> Iterator[Any]:
+    """The user's frames of one equation, innermost first, up to the call of jlora that traced it."""
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if frame.file_name.replace("\\", "/").split("/")[-2:-1] == ["jlora"]:
+            return
+        yield frame
 
 
 def promote(*dtypes: Any) -> Any:
     """The dtype that holds values of all ``dtypes``, whatever promotion mode the user has set."""
     with jax.numpy_dtype_promotion("standard"):
         return jax.numpy.promote_types(*dtypes)
+
+
+def place(x: Any, sharding: Any) -> Any:
+    """``x`` placed as ``sharding`` says, inside ``jit``: a constraint on automatic mesh axes, a change of type on explicit ones."""
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and mesh._any_axis_explicit:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
 
 
 def explicit_spec(x: Any) -> Any:

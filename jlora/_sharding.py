@@ -24,31 +24,37 @@ def shardings(lora: Mapping[str, Adapter], params_or_shardings: Any) -> Any:
     Raises:
         ValueError: an adapted leaf is missing, or a spec is longer than the leaf has axes.
     """
-    is_leaf = lambda x: isinstance(x, PartitionSpec | jax.sharding.Sharding)  # noqa: E731
-    keyed, _ = jax.tree_util.tree_flatten_with_path(params_or_shardings, is_leaf=is_leaf)
+    keyed, _ = jax.tree_util.tree_flatten_with_path(params_or_shardings, is_leaf=_is_sharding)
     base = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in keyed}
     out = {}
     for path, adapter in lora.items():
         if path not in base:
-            raise ValueError(f"The base has no leaf '{path}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, base))}")
-        sharding = getattr(base[path], "sharding", base[path])
-        out[path] = jax.tree.map(lambda x: x, adapter, is_leaf=lambda x: False) if sharding is None else _of(path, adapter, sharding)
+            raise ValueError(
+                f"The base has no leaf '{path}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, base))}"
+            )
+        out[path] = _of(path, adapter, getattr(base[path], "sharding", base[path]))
     return out
 
 
+def _is_sharding(x: Any) -> bool:
+    return isinstance(x, PartitionSpec | jax.sharding.Sharding)
+
+
 def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
+    if not _is_sharding(sharding):
+        raise ValueError(f"The base leaf '{path}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs")
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", None)
-    if spec is None:
-        return jax.tree.map(lambda _: sharding, adapter)
-    ndim = len(adapter.shape)
-    if len(spec) > ndim:
-        raise ValueError(f"The spec {spec} of '{path}' is longer than its {ndim} axes.")
-    axes = (*spec, *(None,) * (ndim - len(spec)))
-    specs = factor_specs(adapter, axes)
-    if isinstance(sharding, NamedSharding):
-        specs = {name: NamedSharding(sharding.mesh, s, memory_kind=sharding.memory_kind) for name, s in specs.items()}
-    leaves, tree = jax.tree.flatten(adapter)
-    return jax.tree.unflatten(tree, [specs[name] for name in adapter.labels][: len(leaves)])
+    names = list(adapter.labels)
+    if spec is None:  # one device, or a sharding that does not speak of axes
+        found: dict[str, Any] = dict.fromkeys(names, sharding)
+    else:
+        ndim = len(adapter.shape)
+        if len(spec) > ndim:
+            raise ValueError(f"The spec {spec} of '{path}' is longer than its {ndim} axes.")
+        found = dict(factor_specs(adapter, (*spec, *(None,) * (ndim - len(spec)))))
+        if isinstance(sharding, NamedSharding):
+            found = {name: NamedSharding(sharding.mesh, s, memory_kind=sharding.memory_kind) for name, s in found.items()}
+    return jax.tree.unflatten(jax.tree.structure(adapter), [found[name] for name in names])
 
 
 def factor_specs(adapter: Adapter, axes: Sequence[Any]) -> dict[str, PartitionSpec]:

@@ -154,7 +154,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     last = {source for out in outs if len(out.reach) == 1 for source in out.reach} - finder.fed
     heads = {source.path for source in last if not source.lookup}
     for out in outs:
-        finder.dense(out, "returned by the function", "its output")
+        finder.dense(out, "being returned")
     found = [_site(p, np.shape(x), lax.dtype(x), finder, p in heads) for p, x in zip(call.paths, call.leaves, strict=True)]
     return Sites(found, fingerprint(call.paths, call.leaves))
 
@@ -203,6 +203,7 @@ class _Finder:
         self.records: dict[str, dict[Any, _Record]] = {}
         self.merged: dict[str, dict[Axes, str]] = {}
         self.fed: set[Source] = set()
+        self.within: list[Any] = []  # the equation at hand and those around it
 
     def run(self, program: _jax.Program, args: Sequence[Value]) -> list[Value]:
         jaxpr, consts = program
@@ -212,7 +213,9 @@ class _Finder:
             return Value() if _jax.is_literal(atom) else env[atom]
 
         for eqn in jaxpr.eqns:
+            self.within.append(eqn)
             env.update(zip(eqn.outvars, self.step(eqn, [read(v) for v in eqn.invars]), strict=True))
+            self.within.pop()
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -227,24 +230,24 @@ class _Finder:
             if out is not None:
                 for j in positions:
                     if j != i:
-                        self.dense(values[j], name, eqn)
+                        self.dense(values[j], name)
                 return out
         for i in positions:
-            self.dense(values[i], name, eqn)
+            self.dense(values[i], name)
         return [Value(None, _reach(values))] * len(eqn.outvars)
 
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
         name, position = eqn.primitive.name, positions[-1]
         for i in positions[:-1]:
-            self.dense(values[i], f"{name} with another weight", eqn)
+            self.dense(values[i], f"{name} with another weight")
         seen = values[position].view
         use = USES[name](eqn, position, len(seen.axes)) if seen is not None else None
         if seen is None or use is None:
-            self.dense(values[position], name, eqn)
+            self.dense(values[position], name)
             return [Value(None, _reach(values))]
         inputs, batch = (_union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
-        self.record(seen, eqn, use.kind, inputs, (batch | seen.picked) - inputs)
+        self.record(seen, name, use.kind, inputs, (batch | seen.picked) - inputs)
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
         return [Value(None, frozenset([Source(seen.path, lookup=False)]))]
 
@@ -258,8 +261,9 @@ class _Finder:
             return None
         if name in ("mul", "div"):
             axes = gain_axes(eqn, position, seen.shape)
-            if axes is None or len(axes) == sum(n != 1 for n in seen.shape) or not self.merge(seen, axes, eqn):
+            if axes is None or len(axes) == sum(n != 1 for n in seen.shape):
                 return None
+            self.merge(seen, axes, eqn)
         if name == "reshape":
             if eqn.params["dimensions"]:
                 return None
@@ -269,7 +273,7 @@ class _Finder:
         took = _union(seen.axes[d] for d in chosen)
         if name == "gather":
             if len(_union(seen.axes) - took) < 2:
-                self.record(seen, eqn, "lookup", took, NONE)
+                self.record(seen, name, "lookup", took, NONE)
                 return [Value(None, reach | {Source(seen.path, lookup=True)})]
             flow = [() if set(source) & set(chosen) else source for source in flow]
         rows = seen.rows or name == "gather"
@@ -279,28 +283,27 @@ class _Finder:
             outs.append(Value(Seen(seen.path, axes, v.aval.shape, seen.picked | took, rows), reach))
         return outs
 
-    def merge(self, seen: Seen, axes: Sequence[int], eqn: Any) -> bool:
+    def merge(self, seen: Seen, axes: Sequence[int], eqn: Any) -> None:
         """Notes that the leaf's axes under ``axes`` must all be inputs or all be outputs."""
         group = _union(seen.axes[d] for d in axes)
         if len(group) > 1:
-            self.merged.setdefault(seen.path, {}).setdefault(group, f"{eqn.primitive.name} at {_jax.where(eqn)}")
-        return True
+            self.merged.setdefault(seen.path, {}).setdefault(group, f"{eqn.primitive.name} at {_jax.where(self.within)}")
 
-    def record(self, seen: Seen, eqn: Any, kind: str, inputs: Axes, batch: Axes, operation: str = "") -> None:
+    def record(self, seen: Seen, operation: str, kind: str, inputs: Axes, batch: Axes) -> None:
         known = self.records.setdefault(seen.path, {})
-        key = (id(eqn), kind, inputs, batch)
+        key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
-            where = eqn if isinstance(eqn, str) else _jax.where(eqn)
-            known[key] = _Record(SiteUse(kind, operation or eqn.primitive.name, where), inputs, batch)
+            where = _jax.where(self.within) if self.within else "its output"
+            known[key] = _Record(SiteUse(kind, operation, where), inputs, batch)
 
-    def dense(self, value: Value, operation: str, eqn: Any) -> None:
+    def dense(self, value: Value, operation: str) -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
         seen = value.view
         if seen is not None:
             if seen.rows:
-                self.record(seen, eqn, "lookup", seen.picked, NONE, operation)
+                self.record(seen, operation, "lookup", seen.picked, NONE)
             else:
-                self.record(seen, eqn, "dense", NONE, NONE, operation)
+                self.record(seen, operation, "dense", NONE, NONE)
 
 
 def _inline(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
@@ -324,7 +327,7 @@ def _scan(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
 
     carried, ys = _loop(finder, eqn, carry, forwarded, body)
     for y in ys:
-        finder.dense(y, "scan (returned from its body)", eqn)
+        finder.dense(y, "scan (returned from its body)")
     return [*carried, *(y._replace(view=None) for y in ys)]
 
 
@@ -345,13 +348,13 @@ def _loop(finder: _Finder, eqn: Any, carry: list[Value], forwarded: set[int], bo
     """Runs a loop's body until what its carry depends on no longer grows."""
     for i, v in enumerate(carry):
         if i not in forwarded:
-            finder.dense(v, f"{eqn.primitive.name} (carried and changed)", eqn)
+            finder.dense(v, f"{eqn.primitive.name} (carried and changed)")
     carry = [v if i in forwarded else v._replace(view=None) for i, v in enumerate(carry)]
     while True:
         outs, ys = body(carry)
         for i, out in enumerate(outs):
             if i not in forwarded:
-                finder.dense(out, f"{eqn.primitive.name} (returned from its body)", eqn)
+                finder.dense(out, f"{eqn.primitive.name} (returned from its body)")
         grown = [v._replace(reach=v.reach | out.reach) for v, out in zip(carry, outs, strict=True)]
         if grown == carry:
             # After the last turn a carry depends on what the body makes of it; the initial value only matters without any turn.
@@ -362,7 +365,7 @@ def _loop(finder: _Finder, eqn: Any, carry: list[Value], forwarded: set[int], bo
 def _cond(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
     results = [finder.run(branch, values[1:]) for branch in _jax.branches(eqn)]
     for out in (out for result in results for out in result):
-        finder.dense(out, "cond (returned from a branch)", eqn)
+        finder.dense(out, "cond (returned from a branch)")
     return [Value(None, _reach([values[0], *outs])) for outs in zip(*results, strict=True)]
 
 

@@ -59,11 +59,12 @@ def wrap(fn: Callable[..., Any], *, dense: Literal["error", "allow"] = "error", 
     @functools.wraps(fn)
     def apply(params: Any, lora: Mapping[str, Adapter], *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         check_lora(lora, params)
+        paths, leaves, _ = _paths.flatten(params)
+        check_base(lora, paths, leaves)
         if dropout_key is not None:
             dropout_key = as_key(dropout_key, "dropout_key must be one PRNG key.")
         call = trace_call(fn, params, args, kwargs)
         leaves = call.leaves if train_base else [_freeze(leaf) for leaf in call.leaves]
-        check_base(lora, call.paths, leaves)
         _check_read(lora, call)
         entered = [
             _enter(lora[path], leaf, path, dropout_key) if path in lora else leaf

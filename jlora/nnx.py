@@ -21,7 +21,7 @@ class Functional:
 
     def __call__(self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any) -> Any:
         state = self.state if state is None else state
-        module = nnx.merge(self._graph, nnx.State(params), state)
+        module = nnx.merge(self._graph, nnx.State(params), state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
         _, _, after = nnx.split(module, nnx.Param, ...)
         if mutable:
@@ -70,7 +70,7 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
     """
     if not isinstance(fn, Functional):
         raise TypeError(f"merge takes the function that jlora.nnx.split returned.\n  got: {type(fn).__name__}")
-    return nnx.merge(fn._graph, nnx.State(params), fn.state if state is None else state)
+    return nnx.merge(fn._graph, nnx.State(params), fn.state if state is None else state, copy=True)
 
 
 def _changed(before: Any, after: Any) -> str | None:

@@ -7,7 +7,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True)
-def _settings():
-    yield
-    assert jax.config.jax_numpy_dtype_promotion == "strict"
+@pytest.fixture
+def standard_promotion():
+    """For tests of other libraries' code that needs JAX's usual promotion (optax's bias correction)."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

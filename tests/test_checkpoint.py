@@ -1,0 +1,232 @@
+"""Saved adapters: what they carry, what they refuse, and that no failure loses the last good one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+
+def net(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"][None]
+
+
+PARAMS = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 7)), "bias": jnp.zeros(7)}
+X = jnp.ones((2, 3))
+RULES = [jlora.LoRA(rank=2, alpha=3, dropout=0.25, targets="up"), jlora.LoRA(rank=1, rslora=True, targets="down"), jlora.Full(targets="bias")]
+
+
+def adapter(seed=0):
+    lora = jlora.init(jax.random.key(seed), PARAMS, jlora.sites(net, PARAMS, X), RULES)
+    return jax.tree.map(lambda x: x + seed, lora)
+
+
+def same(x, y):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    jlora.save(tmp_path / "adapter", adapter(1), note="first", numbers=[1, 2.5])
+    return tmp_path / "adapter"
+
+
+def test_round_trip(folder):
+    same(jlora.load(folder), adapter(1))
+    same(jlora.load(str(folder), PARAMS), adapter(1))
+    same(jlora.load(folder, jax.eval_shape(lambda: PARAMS)), adapter(1))
+
+
+def test_carries_rules_axes_scale_version_and_fingerprint(folder):
+    about = jlora.metadata(folder)
+    assert about["jlora"] == jlora.__version__
+    assert about["meta"] == {"note": "first", "numbers": [1, 2.5]}
+    up = about["adapters"]["up"]
+    assert (up["rank"], up["alpha"], up["scale"], up["dropout"]) == (2, 3.0, 1.5, 0.25)
+    assert (up["inputs"], up["outputs"], up["batch"]) == ([0], [1], [])
+    assert about["adapters"]["down"]["scale"] == 32.0
+    assert about["base"] == [["bias", [7], "float32"], ["down", [5, 7], "float32"], ["up", [3, 5], "float32"]]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"up": PARAMS["up"], "down": PARAMS["down"]}, r"'bias' \(7,\) float32 is missing"),
+        (PARAMS | {"extra": X}, r"'extra' \(2, 3\) float32 is not part of the adapter's base"),
+        (PARAMS | {"up": jnp.ones((3, 6))}, r"'up' is \(3, 6\) float32, not \(3, 5\) float32"),
+        (PARAMS | {"up": jnp.ones((3, 5), jnp.bfloat16)}, r"'up' is \(3, 5\) bfloat16, not \(3, 5\) float32"),
+    ],
+)
+def test_refuses_another_base(folder, other, difference):
+    with pytest.raises(ValueError, match=rf"The adapter was made for another base: {difference}"):
+        jlora.load(folder, other)
+
+
+def test_refuses_to_overwrite_unless_told(folder):
+    with pytest.raises(FileExistsError, match="(?s)already an adapter at .*overwrite=True"):
+        jlora.save(folder, adapter(2))
+    same(jlora.load(folder), adapter(1))
+    jlora.save(folder, adapter(2), overwrite=True)
+    same(jlora.load(folder), adapter(2))
+    assert len(list(folder.glob("arrays-*"))) == 1
+
+
+def test_leaves_other_folders_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("cat")
+    with pytest.raises(FileExistsError, match="something else than an adapter: it is left alone"):
+        jlora.save(tmp_path / "photos", adapter(), overwrite=True)
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(FileExistsError, match="something else"):
+        jlora.save(tmp_path / "file", adapter(), overwrite=True)
+    assert (tmp_path / "photos" / "cat.png").read_text() == "cat"
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no adapter at .*: it has no adapter\.json"):
+        jlora.load(tmp_path)
+
+
+def test_metadata_must_be_json(tmp_path):
+    for bad in (object(), float("nan"), {1, 2}):
+        with pytest.raises(TypeError, match="metadata must be JSON"):
+            jlora.save(tmp_path / "adapter", adapter(), value=bad)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_refuses_values_that_are_not_finite(folder):
+    broken = jax.tree.map(lambda x: x * jnp.nan, adapter(2))
+    with pytest.raises(ValueError, match=r"'bias'\.value is not finite"):
+        jlora.save(folder, broken, overwrite=True)
+    same(jlora.load(folder), adapter(1))
+
+
+def test_refuses_tracers(tmp_path):
+    with pytest.raises(TypeError, match="cannot run inside a transformation"):
+        jax.jit(lambda lora: jlora.save(tmp_path / "adapter", lora))(adapter())
+
+
+def test_refuses_adapters_of_different_bases(tmp_path):
+    other = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 9)), "bias": jnp.zeros(9)}
+    mixed = adapter() | {"down": jlora.init(jax.random.key(0), other, jlora.sites(net, other, X), jlora.LoRA(rank=1, targets="down"))["down"]}
+    with pytest.raises(ValueError, match="made for 2 different bases"):
+        jlora.save(tmp_path / "adapter", mixed)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\xff", "null"])
+def test_metadata_that_is_not_json(folder, text):
+    (folder / "adapter.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"adapter\.json (is not JSON|holds \w+, not an object)"):
+        jlora.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=99), "has format 99"),
+        (lambda d: d.pop("base"), "description of the adapter is damaged"),
+        (lambda d: d.update(adapters={}), "damaged: it names no leaf"),
+        (lambda d: d.update(adapters=[1]), "description of the adapter is damaged"),
+        (lambda d: d.update(files={}), "damaged: it names no files"),
+        (lambda d: d.update(arrays="../elsewhere"), "damaged"),
+        (lambda d: d.update(arrays="arrays-gone"), "the folder arrays-gone is missing"),
+        (lambda d: d["adapters"]["up"].update(kind="magic"), "kind 'magic'"),
+        (lambda d: d["adapters"]["up"].update(scale=float("nan")), "damaged: scale is nan"),
+        (lambda d: d["adapters"]["up"]["arrays"]["a"].update(shape=[4, 4]), "do not fit|another base|shape"),
+    ],
+)
+def test_damaged_description(folder, change, message):
+    file = folder / "adapter.json"
+    description = json.loads(file.read_text())
+    change(description)
+    file.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=message):
+        jlora.load(folder, PARAMS)
+
+
+def test_every_damaged_file_is_found(folder, tmp_path):
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "adapter.json"]
+    assert len(files) > 3
+    for file in files:
+        for damage in ("truncate", "flip", "remove"):
+            copy = tmp_path / "copy"
+            shutil.copytree(folder, copy)
+            target = copy / file.relative_to(folder)
+            data = target.read_bytes()
+            if damage == "remove" or not data:
+                target.unlink()
+            elif damage == "truncate":
+                target.write_bytes(data[:-1])
+            else:
+                target.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            with pytest.raises(ValueError, match=f"is damaged: the file .*{target.name} (is missing|has)"):
+                jlora.load(copy)
+            shutil.rmtree(copy)
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    sys.path.insert(0, {tests!r})
+    import jax, jlora
+    from test_checkpoint import adapter
+    lora = adapter(2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    try:
+        jlora.save({folder!r}, lora, overwrite=True)
+    except OSError as error:
+        print("OSError", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 40, 700])
+def test_full_disk_keeps_the_last_good_one(folder, limit):
+    """A limit on the size of files stands for a full disk: writes fail at the start or in the middle."""
+    script = textwrap.dedent(FULL_DISK.format(tests=os.path.dirname(__file__), folder=str(folder), limit=limit))
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.stdout.startswith("OSError"), child.stderr
+    same(jlora.load(folder), adapter(1))
+    assert len(list(folder.glob("arrays-*"))) == 1
+
+
+SAVER = """
+    import sys, time, jax, jax.numpy as jnp, jlora
+    sys.path.insert(0, {tests!r})
+    from test_checkpoint import adapter
+    print("ready", flush=True)
+    i = 1
+    while True:
+        i += 1
+        jlora.save({folder!r}, adapter(i), overwrite=True, i=i)
+        print(i, flush=True)
+"""
+
+
+def test_kill_during_a_save_keeps_a_complete_one(folder):
+    """kill -9 at many moments of a loop of saves: what is there always loads, and is the last complete one or the one under way."""
+    rng = np.random.default_rng(0)
+    script = textwrap.dedent(SAVER.format(tests=os.path.dirname(__file__), folder=str(folder)))
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            finished = [int(child.stdout.readline())]
+            time.sleep(float(rng.uniform(0.05, 0.4)))
+            child.send_signal(signal.SIGKILL)
+            finished += [int(line) for line in child.stdout.read().split()]
+        about = jlora.metadata(folder)
+        assert about["meta"]["i"] in (finished[-1], finished[-1] + 1)
+        same(jlora.load(folder, PARAMS), adapter(about["meta"]["i"]))
+    jlora.save(folder, adapter(5), overwrite=True)  # and the remains are swept
+    assert sorted(p.name.split("-")[0] for p in folder.iterdir()) == ["adapter.json", "arrays"]

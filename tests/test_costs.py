@@ -1,0 +1,209 @@
+"""What the compiled program costs: flops, memory, compilations, values; counted, never timed."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from measure import computed_values, flops, temporaries
+
+import jlora
+
+DIM, FF, HEADS, VOCAB, RANK, LAYERS = 128, 512, 4, 211, 4, 2
+
+
+class Linear(nn.Module):
+    """A dense layer, with a hand-written low-rank branch if asked: what a careful person writes into the model."""
+
+    features: int
+    low_rank: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = x @ self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        if not self.low_rank:
+            return y
+        a = self.variable("lora", "a", jnp.zeros, (x.shape[-1], RANK)).value
+        b = self.variable("lora", "b", jnp.zeros, (RANK, self.features)).value
+        flat = x.reshape(-1, x.shape[-1])
+        return y + ((flat @ a) @ (b * 2.0)).reshape(y.shape)
+
+
+class Transformer(nn.Module):
+    low_rank: bool = False
+
+    @nn.compact
+    def __call__(self, ids):
+        def linear(features, name):
+            return Linear(features, self.low_rank, name=name)
+
+        x = nn.Embed(VOCAB, DIM, name="embed")(ids)
+        for i in range(LAYERS):
+            h = nn.RMSNorm(name=f"norm_a{i}")(x)
+            q, k, v = (linear(DIM, f"{n}{i}")(h).reshape(*h.shape[:2], HEADS, -1) for n in ("q", "k", "v"))
+            x = x + linear(DIM, f"o{i}")(nn.dot_product_attention(q, k, v).reshape(x.shape))
+            h = nn.RMSNorm(name=f"norm_m{i}")(x)
+            x = x + linear(DIM, f"down{i}")(nn.gelu(linear(FF, f"up{i}")(h)))
+        return Linear(VOCAB, False, name="head")(nn.RMSNorm(name="norm")(x))
+
+
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (4, 64)))
+BASE, HAND = Transformer(), Transformer(low_rank=True)
+
+
+def loss_of(logits, ids):
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Gradient functions of the small tree, and of everything, with their arguments."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(BASE.init, jax.random.key(0), IDS)
+    params = jax.tree.map(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), shapes)
+    factors = jax.eval_shape(HAND.init, jax.random.key(0), IDS)["lora"]
+    factors = jax.tree.map(lambda s: jnp.asarray(0.1 * rng.standard_normal(s.shape), s.dtype), factors)
+    sites = jlora.sites(BASE.apply, params, IDS)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=RANK, alpha=2.0 * RANK))
+    lora = {path: type(x)(**{**vars(x), **factors[path.split("/")[1]]}) for path, x in lora.items()}
+    apply = jlora.wrap(BASE.apply)
+    return {
+        "full": (jax.grad(lambda p, ids: loss_of(BASE.apply(p, ids), ids)), (params, IDS)),
+        "formed": (jax.grad(lambda l, p, ids: loss_of(BASE.apply(jlora.merge(p, l), ids), ids)), (lora, params, IDS)),
+        "hand": (jax.grad(lambda f, p, ids: loss_of(HAND.apply(p | {"lora": f}, ids), ids)), (factors, params, IDS)),
+        "jlora": (jax.grad(lambda l, p, ids: loss_of(apply(p, l, ids), ids)), (lora, params, IDS)),
+        "whole tree": (jax.grad(lambda tree, ids: loss_of(apply(tree["base"], tree["lora"], ids), ids)), ({"base": params, "lora": lora}, IDS)),
+        "forward": (lambda p, ids: loss_of(BASE.apply(p, ids), ids), (params, IDS)),
+    }
+
+
+def test_gradients_are_those_of_the_hand_written_model(programs):
+    (hand, hand_args), (ours, our_args) = programs["hand"], programs["jlora"]
+    expected, got = hand(*hand_args), ours(*our_args)
+    assert len(got) == 6 * LAYERS
+    for path, adapter in got.items():
+        for name in ("a", "b"):
+            reference = np.asarray(expected[path.split("/")[1]][name])
+            np.testing.assert_allclose(getattr(adapter, name), reference, atol=2e-5 * np.abs(reference).max(), rtol=1e-4)
+
+
+def test_flops_of_a_gradient_step(programs):
+    count = {name: flops(fn, *args) for name, (fn, args) in programs.items()}
+    assert count["jlora"] <= 0.70 * count["full"]
+    assert count["jlora"] <= 1.01 * count["hand"]
+    # The trap this avoids, so that the count is known to see it:
+    assert count["formed"] > 0.90 * count["full"]
+    # Asking for gradients of the whole tree costs nothing, since the base's are stopped.
+    assert count["whole tree"] <= 1.01 * count["jlora"]
+
+
+def test_temporary_memory_of_a_gradient_step(programs):
+    used = {name: temporaries(*[fn, *args]) for name, (fn, args) in programs.items() if name in ("hand", "jlora")}
+    assert used["jlora"] <= 1.08 * used["hand"]
+
+
+def test_gradient_program_computes_no_value_of_a_kernels_shape(programs):
+    shapes = {(DIM, DIM), (DIM, FF), (FF, DIM)}
+    count = {name: computed_values(jax.make_jaxpr(fn)(*args), shapes) for name, (fn, args) in programs.items()}
+    assert count["jlora"] == count["whole tree"] - _zeros(programs, shapes) == count["forward"] == 0
+    assert count["formed"] >= 3 * 6 * LAYERS
+
+
+def _zeros(programs, shapes):
+    """The zero gradients of the base that a caller of the whole tree asks for are not computed from anything."""
+    fn, args = programs["whole tree"]
+    return computed_values(jax.make_jaxpr(fn)(*args), shapes)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_nothing_recompiles_in_training_or_on_exchange(programs):
+    _, (lora, params, ids) = programs["jlora"]
+    apply, tx = jlora.wrap(BASE.apply), optax.adam(1e-3)
+    traces = 0
+
+    @jax.jit
+    def step(lora, state, params, ids):
+        nonlocal traces
+        traces += 1
+        loss, grads = jax.value_and_grad(lambda l: loss_of(apply(params, l, ids), ids))(lora)
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, loss
+
+    before = jax.tree.map(np.array, params)
+    state, first = tx.init(lora), lora
+    for _ in range(100):
+        lora, state, loss = step(lora, state, params, ids)
+    assert bool(jnp.isfinite(loss))
+    sites = jlora.sites(BASE.apply, params, IDS)
+    other = jlora.init(jax.random.key(9), params, sites, jlora.LoRA(rank=RANK, alpha=2.0 * RANK))
+    step(other, tx.init(other), params, ids)
+    assert traces == 1
+    assert step._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, before, params)  # the base's bits
+    assert all(bool((x != y).any()) for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(lora), strict=True))
+
+
+def test_scan_keeps_the_program_small():
+    """A scanned stack is interpreted once, whatever its depth."""
+
+    def net(params, x):
+        return jax.lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), x, params["w"])[0]
+
+    def size(depth):
+        params = {"w": jnp.ones((depth, 7, 7))}
+        lora = jlora.init(jax.random.key(0), params, jlora.sites(net, params, jnp.ones((2, 7))), jlora.LoRA(rank=2, targets="w"))
+        return len(str(jax.make_jaxpr(jlora.wrap(net))(params, lora, jnp.ones((2, 7)))).splitlines())
+
+    assert size(3) == size(30)
+
+
+def test_products_of_the_adapter_branch_are_two_dimensional(programs):
+    """XLA:CPU has its fast path for these only."""
+    fn, args = programs["jlora"]
+    from measure import equations
+
+    thin = [e for e in equations(jax.make_jaxpr(fn)(*args)) if e.primitive.name == "dot_general" and any(RANK in v.aval.shape for v in (*e.invars, *e.outvars) if v.aval.ndim == 2)]
+    assert len(thin) >= 6 * 6 * LAYERS - 6
+    assert all(v.aval.ndim == 2 for e in thin for v in (*e.invars, *e.outvars))
+
+
+def test_init_of_a_7b_shaped_tree_needs_no_base():
+    """Shapes are enough for discovery; the factors are all that is allocated."""
+    dim, ff, layers = 4096, 11008, 32
+
+    def llama(params, x):
+        def block(x, w):
+            q, k, v = x @ w["q"], x @ w["k"], x @ w["v"]
+            x = x + (q * k * v) @ w["o"]
+            return x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+
+        for w in params["layers"]:
+            x = block(x, w)
+        return x @ params["head"]
+
+    sizes = dict.fromkeys("qkvo", (dim, dim)) | {"gate": (dim, ff), "up": (dim, ff), "down": (ff, dim)}
+    layer = {n: jax.ShapeDtypeStruct(s, jnp.bfloat16) for n, s in sizes.items()}
+    params = {"layers": [layer] * layers, "head": jax.ShapeDtypeStruct((dim, 32000), jnp.bfloat16)}
+    sites = jlora.sites(llama, params, jax.ShapeDtypeStruct((1, 8, dim), jnp.bfloat16))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8))
+    assert len(lora) == 7 * layers
+    assert sum(x.size for x in jax.tree.leaves(lora)) == layers * 8 * (4 * 2 * dim + 3 * (dim + ff)) == 19_988_480
+    assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank", "count"),
+    [
+        ({f"{i}{n}": (3072, m) for i in range(28) for n, m in (("q", 3072), ("v", 1024))}, 32, 9_175_040),  # Llama-3.2-3B
+        ({f"{i}{n}": (1024, 1024) for i in range(24) for n in "qv"}, 4, 393_216),  # GPT-2 medium
+        ({f"{i}{n}": (768, 768) for i in range(12) for n in "qv"}, 8, 294_912),  # RoBERTa-base
+        ({"w": (1024, 1024)}, 8, 16_384),
+        ({"w": (4096, 4096)}, 8, 65_536),
+    ],
+)
+def test_counts_of_trained_parameters(shapes, rank, count):
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    sites = jlora.sites(lambda p, x: [x[: w.shape[0]] @ w for w in p.values()], params, jax.ShapeDtypeStruct((4096,), jnp.float32))
+    lora = jax.eval_shape(lambda key: jlora.init(key, params, sites, jlora.LoRA(rank=rank, targets=".*")), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(lora)) == count

@@ -1,0 +1,385 @@
+"""Discovery, initial values, merging, shardings and NNX, beyond what the laws say."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME, X, D, M
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import jlora
+
+
+class Net(nn.Module):
+    """A tied language model with a position table, a norm, a scanned block and an unused leaf."""
+
+    @nn.compact
+    def __call__(self, ids, train: bool = False):
+        embed = nn.Embed(19, D, name="embed")
+        x = embed(ids) + self.param("positions", nn.initializers.normal(), (8, D))[None, : ids.shape[1]]
+        x = x + nn.Dense(D, name="mix")(nn.gelu(nn.Dense(M, name="up")(nn.LayerNorm(name="norm")(x))))
+        self.param("unused", nn.initializers.zeros, (3, 4))
+        return embed.attend(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+IDS = jnp.array([[1, 2, 3]])
+PARAMS = Net().init(jax.random.key(0), IDS)
+
+
+# --- discovery ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_table_names_every_leaf():
+    sites = jlora.sites(Net().apply, PARAMS, IDS)
+    assert list(sites) == ["params/embed/embedding", "params/mix/kernel", "params/up/kernel"]
+    assert sites["params/embed/embedding"].kind == "linear+lookup"
+    assert sites["params/embed/embedding"].head
+    assert not sites["params/mix/kernel"].head
+    text = str(sites)
+    for path, _ in jax.tree.leaves_with_path(PARAMS):
+        assert jax.tree_util.keystr(path, simple=True, separator="/") in text
+    assert "linear+lookup (head)" in text
+    assert "the function does not use it" in text
+    assert "all of it is needed by add at" in text
+    assert "test_parts.py" in text
+    assert repr(sites) == "Sites(3 that can be adapted, 6 that cannot)"
+
+
+def test_shapes_are_enough():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    found = jlora.sites(Net().apply, shapes, jax.ShapeDtypeStruct((1, 3), jnp.int32), train=False)
+    assert {p: s.inputs for p, s in found.items()} == {p: s.inputs for p, s in jlora.sites(Net().apply, PARAMS, IDS).items()}
+
+
+def test_all_linear_takes_everything_but_heads_and_tables():
+    sites = jlora.sites(Net().apply, PARAMS, IDS)
+    lora = jlora.init(jax.random.key(0), PARAMS, sites, jlora.LoRA(rank=2))
+    assert list(lora) == ["params/mix/kernel", "params/up/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("fn", "heads"),
+    [
+        (lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], {"b"}),
+        (lambda p, x: jax.nn.log_softmax(jnp.tanh(x @ p["a"]) @ p["b"]), {"b"}),
+        (lambda p, x: (jnp.tanh(x @ p["a"]) @ p["b"], jnp.tanh(x @ p["a"]) @ p["c"]), {"b", "c"}),
+        (lambda p, x: x @ p["a"] + jnp.tanh(x @ p["b"]), set()),  # a residual stream, no head
+        (lambda p, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["a"]), None), x, None, length=2)[0], set()),  # feeds itself
+        (lambda p, x: -jnp.log(jax.nn.sigmoid(jnp.tanh(x @ p["a"]) @ p["b"])).mean(), {"b"}),  # a loss
+    ],
+)
+def test_output_heads(fn, heads):
+    params = {n: jnp.ones((4, 4)) for n in "abc"}
+    sites = jlora.sites(fn, params, jnp.ones((2, 4)))
+    assert {path for path, site in sites.items() if site.head} == heads
+
+
+# --- initial values ------------------------------------------------------------------------------------------------------------------------
+
+
+def init(rules, params=PARAMS, key=0):
+    return jlora.init(jax.random.key(key), params, jlora.sites(Net().apply, params, IDS), rules)
+
+
+def test_first_rule_wins_and_full_copies_the_leaf():
+    lora = init([jlora.LoRA(rank=1, targets=".*up/kernel"), jlora.Full(targets=".*bias"), jlora.LoRA(rank=3, targets=".*/kernel")])
+    assert {p: getattr(a, "rank", "full") for p, a in lora.items()} == {
+        "params/up/kernel": 1, "params/mix/bias": "full", "params/norm/bias": "full", "params/up/bias": "full", "params/mix/kernel": 3,
+    }  # fmt: skip
+    np.testing.assert_array_equal(lora["params/up/bias"].value, PARAMS["params"]["up"]["bias"])
+
+
+def test_adding_a_target_changes_no_other_start():
+    some = init(jlora.LoRA(rank=2, targets=".*up/kernel"))
+    more = init(jlora.LoRA(rank=2, targets=".*"  "(up|mix)/kernel"))
+    np.testing.assert_array_equal(some["params/up/kernel"].a, more["params/up/kernel"].a)
+    assert (more["params/up/kernel"].a[:2] != more["params/mix/kernel"].a[:2]).all()
+    assert (some["params/up/kernel"].a != init(jlora.LoRA(rank=2), key=1)["params/up/kernel"].a).any()
+
+
+def test_layers_of_a_stack_start_apart():
+    a = BY_NAME["scan"].fresh()["w"].a
+    assert (a[0] != a[1]).all()
+
+
+def test_bounds_and_dtypes():
+    params = {"w": jnp.ones((4096, 8), jnp.bfloat16), "e": jnp.ones((64, 512))}
+    sites = jlora.sites(lambda p, x, i: (x @ p["w"], p["e"][i]), params, jnp.ones((2, 4096), jnp.bfloat16), IDS)
+    uniform = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets=".*"))
+    a = np.asarray(uniform["w"].a)
+    assert a.dtype == np.float32
+    assert 0.95 / 64 < np.abs(a).max() <= 1 / 64
+    assert np.std(a) == pytest.approx(1 / 64 / np.sqrt(3), rel=0.02)
+    assert 0.9 < np.abs(np.asarray(uniform["e"].a)).max() <= 1.0  # a lookup sums over one row
+    assert not np.asarray(uniform["w"].b).any()
+    normal = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w", init_a="normal", dtype=jnp.bfloat16))
+    assert normal["w"].a.dtype == jnp.bfloat16
+    assert np.std(np.asarray(normal["w"].a, np.float32)) == pytest.approx(1 / 64, rel=0.03)
+    ones = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w", init_a=lambda key, shape, dtype: jnp.ones(shape, dtype)))
+    assert (ones["w"].a == 1).all()
+
+
+def test_scales():
+    assert jlora.LoRA(rank=8, alpha=16).scale == 2.0
+    assert jlora.LoRA(rank=16, alpha=16, rslora=True).scale == 4.0
+    assert (jlora.LoRA().rank, jlora.LoRA().alpha, jlora.LoRA().dropout) == (16, 32.0, 0.0)
+
+
+# --- merging -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_merge_is_pure_and_keeps_dtypes():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    lora = jax.tree.map(lambda x: x + 0.01, init(jlora.LoRA(rank=2), params))
+    merged = jlora.merge(params, lora)
+    assert jax.tree.map(lambda x: x.dtype, merged) == jax.tree.map(lambda x: x.dtype, params)
+    assert merged["params"]["norm"]["scale"] is params["params"]["norm"]["scale"]
+    jitted = jax.jit(jlora.merge)(params, lora)
+    jax.tree.map(np.testing.assert_array_equal, jitted, merged)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_merge_reports_what_rounding_lost():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    lora = jax.tree.map(lambda x: x + 0.003, init(jlora.LoRA(rank=2), params))
+    merged, lost = jlora.merge(params, lora, report=True)
+    wide, none = jlora.merge(params, lora, dtype=jnp.float32, report=True)
+    for path, update in jlora.delta(lora).items():
+        node = path.split("/")[1]
+        base = np.asarray(params["params"][node]["kernel"], np.float64)
+        stored = np.asarray(merged["params"][node]["kernel"], np.float64)
+        assert float(lost[path]) == pytest.approx(np.linalg.norm(stored - base - update) / np.linalg.norm(update), rel=1e-3)
+        assert 0.01 < float(lost[path]) < 1
+        assert float(none[path]) < 1e-5
+        assert wide["params"][node]["kernel"].dtype == jnp.float32
+
+
+def test_delta_is_the_difference_of_merging():
+    case = BY_NAME["scan_of_scan"]
+    lora = case.trained()
+    np.testing.assert_allclose(jlora.delta(lora)["w"], jlora.merge(case.params, lora)["w"] - case.params["w"], atol=1e-5)
+
+
+def test_summary_counts():
+    lora = init([jlora.LoRA(rank=2), jlora.Full(targets=".*norm/scale")])
+    text = jlora.summary(PARAMS, lora)
+    assert "params/up/kernel   11×13     2       48" in text
+    total = sum(x.size for x in jax.tree.leaves(PARAMS))
+    assert f"3 leaves, {48 + 48 + 11} trained of {total} parameters" in text
+    assert text == jlora.summary(jax.eval_shape(lambda: PARAMS), lora)
+
+
+# --- shardings ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_shardings_follow_the_base():
+    case = BY_NAME["linen_attention"]
+    lora = case.fresh()
+    specs = jax.tree.map(lambda x: P(), case.params)
+    specs["params"]["query"]["kernel"] = P("data", "model")
+    specs["params"]["out"]["kernel"] = P(("model", "data"), None, "data")
+    got = jlora.shardings(lora, specs)
+    assert got["params/query/kernel"].a == P("data", None)
+    assert got["params/query/kernel"].b == P(None, "model", None)
+    assert got["params/out/kernel"].a == P(("model", "data"), None, None)
+    assert got["params/out/kernel"].b == P(None, "data")
+    assert jax.tree.structure(got, is_leaf=lambda x: isinstance(x, P)) == jax.tree.structure(lora)
+    specs["params"]["query"]["kernel"] = P("data", "model", None, None)
+    with pytest.raises(ValueError, match="of 'params/query/kernel' is longer than its 3 axes"):
+        jlora.shardings(lora, specs)
+    with pytest.raises(ValueError, match=r"no leaf 'params/query/kernel'.*\n.*nearest"):
+        jlora.shardings(lora, {"params": {"qeury": {"kernel": P()}}})
+    with pytest.raises(ValueError, match="has no sharding"):
+        jlora.shardings(lora, jax.tree.map(lambda x: 3, case.params))
+    one = jlora.shardings(lora, case.params)
+    assert {s for s in jax.tree.leaves(one)} == {jax.tree.leaves(case.params)[0].sharding}
+
+
+SHARDED = """
+    import jax, jax.numpy as jnp, numpy as np, jlora
+    from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
+    assert jax.device_count() == 8
+    rng = np.random.default_rng(0)
+    host = {"u": rng.standard_normal((16, 32)), "v": rng.standard_normal((32, 16)), "s": rng.standard_normal((2, 16, 16))}
+    host = {n: jnp.asarray(w / 4, jnp.float32) for n, w in host.items()}
+    x = jnp.asarray(rng.standard_normal((8, 4, 16)), jnp.float32)
+    spec = {"u": P("data", "model"), "v": P("model", "data"), "s": P(None, "data", "model")}
+
+    def net(explicit, p, x):
+        how = dict(out_sharding=P("data", None, None)) if explicit else {}
+        up = dict(out_sharding=P("data", None, "model")) if explicit else {}
+        x = jnp.einsum("btm,md->btd", jnp.tanh(jnp.einsum("btd,dm->btm", x, p["u"], **up)), p["v"], **how)
+        return jax.lax.scan(lambda c, w: (c + jnp.tanh(jnp.einsum("btd,de->bte", c, w, **how)), None), x, p["s"])[0]
+
+    def total(y):
+        return (y ** 2).sum()
+
+    def run(params, x, explicit):
+        fn = lambda p, x: net(explicit, p, x)
+        sites = jlora.sites(fn, params, x)
+        lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=4, alpha=4, targets=".*"))
+        lora = jax.tree.map(lambda f: f + 0.1, lora)
+        apply = jlora.wrap(fn)
+        grads = jax.jit(jax.grad(lambda l, p, x: total(apply(p, l, x))))(lora, params, x)
+        return jax.jit(apply)(params, lora, x), grads, lora, jlora.merge(params, lora)
+
+    expected = run(host, x, False)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            params = {n: jax.device_put(w, NamedSharding(mesh, spec[n])) for n, w in host.items()}
+            got = run(params, jax.device_put(x, NamedSharding(mesh, P("data"))), kind == AxisType.Explicit)
+            for path, want in jlora.shardings(got[2], params).items():
+                assert got[2][path].a.sharding.is_equivalent_to(want.a, got[2][path].a.ndim), path
+                assert got[2][path].b.sharding.is_equivalent_to(want.b, got[2][path].b.ndim), path
+            assert not got[2]["u"].a.sharding.is_fully_replicated
+            for n, w in got[3].items():
+                assert w.sharding == params[n].sharding
+            jlora.save("adapter" + str(kind), got[2])
+            again = jlora.load("adapter" + str(kind), params)
+            for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(got[2])):
+                assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+                np.testing.assert_array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got)):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4, rtol=2e-4)
+    print("agree")
+"""
+
+
+def test_automatic_and_explicit_meshes(tmp_path):
+    """On eight CPU devices: factors born split, the same numbers in both modes, merged leaves placed as the base."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(SHARDED)], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert child.stdout.strip().endswith("agree"), child.stderr[-3000:]
+
+
+# --- NNX -----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Noisy(nnx.Module):
+    def __init__(self, rngs):
+        self.lin = nnx.Linear(D, M, rngs=rngs)
+        self.norm = nnx.BatchNorm(M, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.lin(x)))
+
+    def double(self, x):
+        return 2.0 * self.lin(x)
+
+
+def test_nnx_round_trip():
+    module = Noisy(nnx.Rngs(0))
+    module.eval()
+    fn, params = jlora.nnx.split(module)
+    assert set(params) == {"lin", "norm"}
+    np.testing.assert_array_equal(fn(params, X), module(X))
+    np.testing.assert_array_equal(fn(params, X, method="double"), module.double(X))
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, X), jlora.LoRA(rank=2, targets="lin/kernel"))
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    again = jlora.nnx.merge(fn, jlora.merge(params, lora))
+    assert isinstance(again, Noisy)
+    np.testing.assert_allclose(again(X), jlora.wrap(fn)(params, lora, X), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(module(X), fn(params, X))  # the first module is as it was
+
+
+def test_nnx_state_that_changes_is_not_lost():
+    fn, params = jlora.nnx.split(Noisy(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"The call changes '(norm/mean|drop/rngs/count)\S*', which a pure function cannot.*\n.*mutable=True"):
+        fn(params, X)
+    out, state = fn(params, X, mutable=True)
+    assert not any((x is y) for x, y in [(jax.tree.leaves(state)[0], jax.tree.leaves(fn.state)[0])])
+    second, _ = fn(params, X, mutable=True, state=state)
+    assert (out != second).any()
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, X, mutable=True), jlora.LoRA(rank=2, targets="lin/kernel"))
+    adapted, _ = jlora.wrap(fn)(params, lora, X, mutable=True)
+    np.testing.assert_allclose(adapted, out, rtol=1e-6)
+    module = jlora.nnx.merge(fn, params, state)
+    np.testing.assert_array_equal(module.norm.mean[...], state["norm"]["mean"][...])
+
+
+def test_nnx_wrong_arguments():
+    with pytest.raises(TypeError, match=r"split takes an nnx.Module"):
+        jlora.nnx.split(Net())
+    with pytest.raises(TypeError, match=r"merge takes the function that jlora\.nnx\.split returned"):
+        jlora.nnx.merge(lambda p: p, {})
+
+
+# --- properties ------------------------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def contractions(draw):
+    """A random einsum of activations and a weight of two to four axes, each of which is summed, matched or free."""
+    roles = draw(st.lists(st.sampled_from("sbf"), min_size=2, max_size=4).filter(lambda r: "s" in r and "f" in r))
+    sizes = draw(st.lists(st.integers(1, 5), min_size=len(roles), max_size=len(roles)))
+    w = "".join(chr(ord("a") + i) for i in range(len(roles)))
+    shared = [c for c, r in zip(w, roles, strict=True) if r in "sb"]
+    free = "xyz"[: draw(st.integers(0, 2))]
+    x = "".join(draw(st.permutations([*shared, *free])))
+    out = "".join(draw(st.permutations([c for c, r in zip(w, roles, strict=True) if r in "bf"] + list(free))))
+    size = dict(zip(w, sizes, strict=True)) | dict.fromkeys(free, 3)
+    perm = draw(st.permutations(range(len(w))))
+    return w, x, out, size, perm, draw(st.booleans()), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=60, deadline=None)
+@given(contractions(), st.integers(1, 3))
+def test_any_einsum_of_any_transposed_weight(spec, rank):
+    w, x, out, size, perm, left, seed = spec
+    rng = np.random.default_rng(seed)
+    stored = [w[i] for i in perm]
+    inverse = np.argsort(perm)
+
+    def fn(params, xs):
+        weight = jnp.transpose(params["w"], inverse)
+        return jnp.einsum(f"{w},{x}->{out}", weight, xs) if left else jnp.einsum(f"{x},{w}->{out}", xs, weight)
+
+    params = {"w": jnp.asarray(rng.standard_normal([size[c] for c in stored]), jnp.float32)}
+    xs = jnp.asarray(rng.standard_normal([size[c] for c in x]), jnp.float32)
+    sites = jlora.sites(fn, params, xs)
+    rank = min(rank, sites["w"].max_rank)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=rank, targets="w"))
+    lora = jax.tree.map(lambda f: jnp.asarray(rng.standard_normal(f.shape), f.dtype), lora)
+    got = jlora.wrap(fn)(params, lora, xs)
+    expected = fn(jlora.merge(params, lora), xs)
+    np.testing.assert_allclose(got, expected, atol=2e-4 * max(1, float(jnp.abs(expected).max())))
+
+
+NAMES = [*jlora.sites(Net().apply, PARAMS, IDS)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.sampled_from(NAMES), min_size=1), st.integers(1, 11), st.booleans())
+def test_targets_choose_exactly_what_they_name(paths, rank, by_predicate):
+    sites = jlora.sites(Net().apply, PARAMS, IDS)
+    targets = (lambda site: site.path in paths) if by_predicate else "|".join(sorted(paths))
+    lora = jax.eval_shape(lambda key: jlora.init(key, PARAMS, sites, jlora.LoRA(rank=rank, targets=targets)), jax.random.key(0))
+    assert set(lora) == paths
+    for path, adapter in lora.items():
+        assert adapter.rank == rank
+        assert adapter.shape == sites[path].shape
+
+
+def test_import_is_light():
+    """``import jlora`` brings neither Flax, optax nor orbax with it; asking for a name that is not there says so."""
+    code = "import sys, jlora; print([m for m in ('flax', 'optax', 'orbax', 'matplotlib', 'rich') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        jlora.nope  # noqa: B018
+    public = [name for name in vars(jlora) if not name.startswith("_") and name not in ("importlib", "TYPE_CHECKING", "nnx")]
+    assert len(public) <= 24
+
+

@@ -76,7 +76,9 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
     """
     try:
         if description["format"] != FORMAT:
-            raise ValueError(f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora.")
+            raise ValueError(
+                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
+            )
         base = Fingerprint(description["base"])
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -130,9 +132,13 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     for leaf_path, adapter in lora.items():
         for name, x in adapter.arrays().items():
             if isinstance(x, jax.core.Tracer):
-                raise TypeError(f"save cannot run inside a transformation such as jit: '{leaf_path}'.{name} is a tracer.")
+                raise TypeError(
+                    f"save cannot run inside a transformation such as jit: '{leaf_path}'.{name} is a tracer."
+                )
             if not bool(np.isfinite(np.asarray(x, dtype=np.float32) if x.dtype.itemsize < 4 else np.asarray(x)).all()):
-                raise ValueError(f"'{leaf_path}'.{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
+                raise ValueError(
+                    f"'{leaf_path}'.{name} is not finite: the adapter is not saved.\n  The last good one is kept."
+                )
     path = Path(os.path.abspath(path))
     _check_free(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
@@ -198,13 +204,17 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(os.path.abspath(path)) / _JSON
     if not file.is_file():
-        raise FileNotFoundError(f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote.")
+        raise FileNotFoundError(
+            f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote."
+        )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}.\n  It is damaged or was not written by jlora.") from None
     if not isinstance(description, dict):
-        raise ValueError(f"{file} holds {type(description).__name__}, not an object.\n  It is damaged or was not written by jlora.")
+        raise ValueError(
+            f"{file} holds {type(description).__name__}, not an object.\n  It is damaged or was not written by jlora."
+        )
     return description
 
 
@@ -213,16 +223,25 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": adapter.kind, "arrays": arrays}
     if isinstance(adapter, LowRank):
         # The rule that makes this leaf again: alpha = scale * rank, whatever pattern or scaling chose it.
-        rule = {"rank": adapter.rank, "alpha": adapter.scale * adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout}
+        rule = {
+            "rank": adapter.rank,
+            "alpha": adapter.scale * adapter.rank,
+            "scale": adapter.scale,
+            "dropout": adapter.dropout,
+        }
         entry |= rule | {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
     return entry
 
 
 def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     if entry["kind"] not in KINDS:
-        raise ValueError(f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}.")
+        raise ValueError(
+            f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}."
+        )
     kind = KINDS[entry["kind"]]
-    arrays = {name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()}
+    arrays = {
+        name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()
+    }
     static: dict[str, Any] = {"base": base}
     if kind is LowRank:
         static |= {name: tuple(int(d) for d in entry[name]) for name in ("inputs", "outputs", "batch")}
@@ -249,12 +268,16 @@ def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
             checkpointer.save(folder, _as_tree(lora))
             checkpointer.wait_until_finished()
     except (ValueError, OSError) as error:  # the storage below reports a full disk as a ValueError
-        raise OSError(f"The adapter could not be saved at {folder.parent}; what was there before is unchanged.\n  {error}") from error
+        raise OSError(
+            f"The adapter could not be saved at {folder.parent}; what was there before is unchanged.\n  {error}"
+        ) from error
 
 
 def _digests(folder: Path) -> dict[str, list[Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files}
+    return {
+        p.relative_to(folder).as_posix(): [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files
+    }
 
 
 def _verify(arrays: Path, description: Mapping[str, Any]) -> None:
@@ -269,7 +292,11 @@ def _verify(arrays: Path, description: Mapping[str, Any]) -> None:
             raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} is missing.")
         if found[name] != record:
             size, digest = found[name]
-            what = f"has {size} bytes, not {record[0]}" if size != record[0] else f"has sha256 {digest[:12]}…, not {record[1][:12]}…"
+            what = (
+                f"has {size} bytes, not {record[0]}"
+                if size != record[0]
+                else f"has sha256 {digest[:12]}…, not {record[1][:12]}…"
+            )
             raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} {what}.")
 
 
@@ -294,7 +321,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if not path.is_dir() or (any(path.iterdir()) and not _is_ours(path)):
         raise FileExistsError(f"{path} is something else than an adapter: it is left alone.\n  Choose another folder.")
     if (path / _JSON).exists() and not overwrite:
-        raise FileExistsError(f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True).")
+        raise FileExistsError(
+            f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
+        )
 
 
 def _is_ours(path: Path) -> bool:

@@ -14,7 +14,6 @@ Products go through the rank: $x W + (x a) b$, never through $a b$. Nothing here
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -67,7 +66,9 @@ class Factored:
 
     def map_parts(self, w: jax.Array, fn: Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]) -> "Factored":
         """The value whose base is ``w`` and whose parts are ``fn(part, labels)``; axes that became of size one are dropped."""
-        parts, labels = zip(*(_drop_units(*fn(p, ls)) for p, ls in zip(self.parts, self.labels, strict=True)), strict=True)
+        parts, labels = zip(
+            *(_drop_units(*fn(p, ls)) for p, ls in zip(self.parts, self.labels, strict=True)), strict=True
+        )
         return replace(self, w=w, parts=parts, labels=labels)
 
     def relabel(self, w: jax.Array, flow: Sequence[Labels]) -> "Factored":
@@ -82,7 +83,9 @@ class Factored:
                 return None
         return self.map_parts(w, lambda part, labels: _reshape_part(part, labels, groups, w.shape))
 
-    def gain(self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]) -> "Factored | None":
+    def gain(
+        self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]
+    ) -> "Factored | None":
         """Applies ``fn``, a multiplication by something that varies along ``axes`` only, to one factor; ``None`` if none has them all."""
         for i in (1, 0):
             if set(axes) <= set(self.labels[i]):
@@ -94,7 +97,10 @@ class Factored:
     def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
         """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""
         along = [0 in labels for labels in self.labels]
-        moved = [jnp.moveaxis(p, ls.index(0), 0) if has else p for p, ls, has in zip(self.parts, self.labels, along, strict=True)]
+        moved = [
+            jnp.moveaxis(p, ls.index(0), 0) if has else p
+            for p, ls, has in zip(self.parts, self.labels, along, strict=True)
+        ]
         labels = tuple(tuple(d - 1 if d > 0 else d for d in ls if d != 0) for ls in self.labels)
 
         def inside(slices: Sequence[jax.Array]) -> "Factored":
@@ -115,7 +121,9 @@ class Factored:
             fold = jax.vmap(fold, in_axes=(0, None))
         return replace(self, parts=(*self.parts[:2], fold(keys, step)))
 
-    def product(self, x: jax.Array, x_labels: Labels, out: Labels, shape: Sequence[int], use: int, **how: Any) -> jax.Array:
+    def product(
+        self, x: jax.Array, x_labels: Labels, out: Labels, shape: Sequence[int], use: int, **how: Any
+    ) -> jax.Array:
         r"""The adapter's share of a contraction: $\sum x\, a\, b$ over all labels not in ``out``.
 
         Args:
@@ -137,12 +145,21 @@ class Factored:
         while todo:
             keep = [set(out).union(*(ls for _, ls in todo[:i] + todo[i + 1 :])) for i in range(len(todo))]
             # The factor that sums away most of the activations goes first: that is what makes the product thin.
-            size = [prod(n for n, d in zip(p.shape, ls, strict=True) if d in labels and d not in k) for (p, ls), k in zip(todo, keep, strict=True)]
+            size = [
+                prod(n for n, d in zip(p.shape, ls, strict=True) if d in labels and d not in wanted)
+                for (p, ls), wanted in zip(todo, keep, strict=True)
+            ]
             i = size.index(max(size))
             part, part_labels = todo.pop(i)
             order = out if not todo else None
             t, labels = contract(
-                (t, labels), (part.astype(compute), part_labels), keep[i], order, precision, compute if todo else dtype, specs
+                (t, labels),
+                (part.astype(compute), part_labels),
+                keep[i],
+                order,
+                precision,
+                compute if todo else dtype,
+                specs,
             )
         return _arrange(t, labels, out, shape)
 
@@ -160,7 +177,9 @@ class Factored:
         """The update ``Σ_rank a·b`` as one dense array of the value's shape."""
         (a, b), (la, lb) = self.parts[:2], self.labels[:2]
         dense = tuple(range(len(self.shape)))
-        t, labels = contract((a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype or _jax.promote(a.dtype, b.dtype), None)
+        t, labels = contract(
+            (a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype or _jax.promote(a.dtype, b.dtype), None
+        )
         return _arrange(t, labels, dense, self.shape)
 
     def dense(self) -> jax.Array:
@@ -213,7 +232,9 @@ def contract(
     x, x_axis = _matrix(x, xl, batch, x_free, summed)
     y, y_axis = _matrix(y, yl, batch, y_free, summed)
     over = tuple(range(len(batch)))
-    out = lax.dot_general(x, y, (((x_axis,), (y_axis,)), (over, over)), precision=precision, preferred_element_type=dtype)
+    out = lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), (over, over)), precision=precision, preferred_element_type=dtype
+    )
     return out.reshape([sizes[d] for d in labels]), labels
 
 
@@ -255,9 +276,11 @@ def _reshape_part(
     new: list[int] = []
     for d in labels:
         if d == RANK:
-            order.append(d), new.append(d)
+            order.append(d)
+            new.append(d)
         elif d not in order:
-            order.extend(of[d][0]), new.extend(of[d][1])
+            order.extend(of[d][0])
+            new.extend(of[d][1])
     rank = dict(zip(labels, part.shape, strict=True)).get(RANK)
     sizes = [rank if d == RANK else shape[d] for d in new]
     return _transpose(part, [labels.index(d) for d in order]).reshape(sizes), tuple(new)
@@ -271,7 +294,9 @@ def _sum_alone(x: jax.Array, labels: Labels, other: Labels, keep: set[int]) -> t
     return jnp.sum(x, axis=alone), tuple(d for i, d in enumerate(labels) if i not in alone)
 
 
-def _matrix(x: jax.Array, labels: Labels, batch: list[int], free: list[int], summed: list[int]) -> tuple[jax.Array, int]:
+def _matrix(
+    x: jax.Array, labels: Labels, batch: list[int], free: list[int], summed: list[int]
+) -> tuple[jax.Array, int]:
     """``x`` as ``(*batch, free, summed)``, or with the last two exchanged where that needs no transpose; and the axis of ``summed``."""
     swap = labels == (*batch, *summed, *free) and labels != (*batch, *free, *summed)
     order = (*batch, *summed, *free) if swap else (*batch, *free, *summed)
@@ -320,4 +345,4 @@ def scale_part(part: jax.Array, labels: Labels, gain: jax.Array) -> jax.Array:
 
 def explicit_spec(*arrays: jax.Array) -> Any:
     """The explicit sharding among ``arrays``, first found, or ``None`` in automatic mode."""
-    return reduce(lambda found, x: found if found is not None else _jax.explicit_spec(x), arrays, None)
+    return next((spec for spec in map(_jax.explicit_spec, arrays) if spec is not None), None)

@@ -47,12 +47,16 @@ def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]
         {'up': ((3, 2), (2, 5))}
     """
     if not isinstance(sites, Sites):
-        raise TypeError(f"init takes (key, params, sites, rules), sites from jlora.sites.\n  got: {type(sites).__name__} as sites")
+        raise TypeError(
+            f"init takes (key, params, sites, rules), sites from jlora.sites.\n  got: {type(sites).__name__} as sites"
+        )
     key = as_key(key, "init takes (key, params, sites, rules), key from jax.random.key.")
     paths, leaves, _ = _paths.flatten(params)
     difference = sites.base.difference(fingerprint(paths, leaves))
     if difference:
-        raise ValueError(f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these.")
+        raise ValueError(
+            f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
+        )
     base = dict(zip(paths, leaves, strict=True))
     chosen = assign(rules, sites)
     return {path: _make(key, base[path], rule, site, sites) for path, (rule, site) in chosen.items()}
@@ -83,17 +87,20 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
             raise ValueError(f"Full needs the values of '{site.path}' to start from.\n  got: only its shape and dtype")
         return FullWeight(jnp.array(leaf, dtype=dtype, copy=True), sites.base)
     if not site.inputs:  # allow_dense on a leaf without any product: any split into two sides will do
-        site = Site(site.path, site.shape, site.dtype, site.kind, tuple(range(len(site.shape) - 1)), (len(site.shape) - 1,))
+        site = Site(
+            site.path, site.shape, site.dtype, site.kind, tuple(range(len(site.shape) - 1)), (len(site.shape) - 1,)
+        )
     sizes = [tuple(site.shape[d] for d in group) for group in (site.batch, site.inputs, site.outputs)]
     batch, inputs, outputs = sizes
     shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
-    shell = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    adapter = LowRank(shell["a"], shell["b"], site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
-    where = _born(leaf, adapter)
+
+    def adapter(a: Any, b: Any) -> LowRank:
+        return LowRank(a, b, site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
+
+    where = _born(leaf, adapter(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())))
     fan_in = 1 if site.kind == "lookup" else prod(inputs)
     a = _fill_a(fold_path(key, site.path), rule, shapes["a"], dtype, fan_in, where["a"])
-    b = _fill_b(shapes["b"], dtype, where["b"])
-    return LowRank(a, b, site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
+    return adapter(a, _fill_b(shapes["b"], dtype, where["b"]))
 
 
 def _born(leaf: Any, adapter: LowRank) -> dict[str, Any]:

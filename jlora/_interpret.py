@@ -128,7 +128,9 @@ def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
         outs = [None if i in kept else interp.dense(v, "scan (returned from its body)") for i, v in enumerate(outs)]
         return [v for i, v in enumerate(outs[: s.num_carry]) if i not in kept], outs[s.num_carry :]
 
-    out, ys = lax.scan(body, carried, (steps, [arrays for arrays, _ in unstacked]), length=s.length, reverse=s.reverse, unroll=s.unroll)
+    out, ys = lax.scan(
+        body, carried, (steps, [arrays for arrays, _ in unstacked]), length=s.length, reverse=s.reverse, unroll=s.unroll
+    )
     return [*_merge_carry(kept, out), *ys]
 
 
@@ -184,7 +186,9 @@ def _split(values: list[Any], first: int, second: int) -> tuple[list[Any], list[
     return values[:first], values[first : first + second], values[first + second :]
 
 
-def _loop_carry(interp: Interpreter, loop: str, carry: list[Any], forwarded: set[int]) -> tuple[dict[int, Any], list[Any]]:
+def _loop_carry(
+    interp: Interpreter, loop: str, carry: list[Any], forwarded: set[int]
+) -> tuple[dict[int, Any], list[Any]]:
     """Splits a loop's carry into weights that pass through unchanged, by position, and the rest as arrays."""
     kept = {i: v for i, v in enumerate(carry) if i in forwarded and isinstance(v, Factored)}
     return kept, [interp.dense(v, f"{loop} (carried and changed)") for i, v in enumerate(carry) if i not in kept]

@@ -13,7 +13,7 @@ FROZEN = "frozen"
 
 
 def labels(tree: Any) -> Any:
-    """Names each leaf of ``tree`` for ``optax.partition``: ``a`` and ``b`` for factors, ``full`` for leaves trained outright, else ``frozen``.
+    """Names each leaf for ``optax.partition``: ``a`` and ``b`` (factors), ``full`` (leaves trained outright), else ``frozen``.
 
     Args:
         tree: Any tree that holds adapters: the adapter itself, ``{"base": params, "lora": lora}``, a train state.
@@ -30,7 +30,9 @@ def labels(tree: Any) -> Any:
     """
     found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapter) if is_adapter(leaf)]
     if not found:
-        raise ValueError("There is no adapter in this tree: nothing would be trained.\n  Pass a tree that holds what jlora.init returned.")
+        raise ValueError(
+            "There is no adapter in this tree: nothing would be trained.\n  Pass a tree that holds what jlora.init returned."
+        )
     return jax.tree.map(_name_leaves, tree, is_leaf=is_adapter)
 
 

@@ -31,7 +31,7 @@ class Dense(Exception):
     """Raised by a rule that cannot keep its weight factored; the interpreter turns it into an error for people, or goes dense."""
 
 
-# --- Views: which old axes each axis of the result runs along -------------------------------------------------------------------
+# --- Views: which old axes each axis of the result runs along --------------------------------------------------------
 
 
 def _same(eqn: Eqn, shape: Sequence[int]) -> Flow:
@@ -59,17 +59,33 @@ def _gather(eqn: Eqn, shape: Sequence[int]) -> Flow:
     return [(next(kept),) if j in numbers.offset_dims else () for j in range(ndim)]
 
 
+# Axes stay where they are; what happens along them is in ``view``.
+_ELEMENTWISE = (
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "div",
+    "dynamic_slice",
+    "mul",
+    "name",
+    "neg",
+    "pvary",
+    "reduce_precision",
+    "reshard",
+    "rev",
+    "sharding_constraint",
+    "slice",
+    "split",
+    "stop_gradient",
+)
+
 VIEWS: dict[str, Callable[[Eqn, Sequence[int]], Flow]] = {
     "transpose": lambda eqn, shape: [(d,) for d in eqn.params["permutation"]],
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "gather": _gather,
-    **dict.fromkeys(
-        ["convert_element_type", "copy", "copy_p", "neg", "mul", "div", "name", "pvary", "rev", "slice"]
-        + ["dynamic_slice", "split", "reduce_precision", "sharding_constraint", "reshard", "stop_gradient"],
-        _same,
-    ),
+    **dict.fromkeys(_ELEMENTWISE, _same),
 }
 
 
@@ -77,7 +93,11 @@ def picked(eqn: Eqn, shape: Sequence[int]) -> Labels | None:
     """Axes of the weight along which a view takes single slices (a layer, an expert, rows); ``None`` if it takes partial windows."""
     name, p = eqn.primitive.name, eqn.params
     if name == "slice":
-        return tuple(d for d, (i, j) in enumerate(zip(p["start_indices"], p["limit_indices"], strict=True)) if j - i == 1 < shape[d])
+        return tuple(
+            d
+            for d, (i, j) in enumerate(zip(p["start_indices"], p["limit_indices"], strict=True))
+            if j - i == 1 < shape[d]
+        )
     if name == "dynamic_slice":
         return tuple(d for d, n in enumerate(p["slice_sizes"]) if n == 1 < shape[d])
     if name == "split":
@@ -98,7 +118,7 @@ def gain_axes(eqn: Eqn, position: int, shape: Sequence[int]) -> Labels | None:
     return tuple(d for d, n in enumerate(gain) if n != 1)
 
 
-# --- Uses: what a product sums over -----------------------------------------------------------------------------------------------
+# --- Uses: what a product sums over ----------------------------------------------------------------------------------
 
 
 def _dot_use(eqn: Eqn, position: int, ndim: int) -> Use | None:
@@ -116,7 +136,7 @@ def _conv_use(eqn: Eqn, position: int, ndim: int) -> Use | None:
 USES: dict[str, Callable[[Eqn, int, int], Use | None]] = {"dot_general": _dot_use, "conv_general_dilated": _conv_use}
 
 
-# --- Evaluation on a factored value -------------------------------------------------------------------------------------------------
+# --- Evaluation on a factored value ----------------------------------------------------------------------------------
 
 
 def view(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
@@ -184,7 +204,10 @@ def _split(eqn: Eqn, f: Factored, values: Sequence[Any]) -> list[Along]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
 
     def piece(start: int, size: int) -> Along:
-        return lambda part, ls: (lax.slice_in_dim(part, start, start + size, axis=ls.index(axis)) if axis in ls else part, ls)
+        return lambda part, ls: (
+            lax.slice_in_dim(part, start, start + size, axis=ls.index(axis)) if axis in ls else part,
+            ls,
+        )
 
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [piece(start, size) for start, size in zip(starts, sizes, strict=True)]
@@ -257,7 +280,9 @@ def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> lis
     f, x = values[position], values[1 - position]
     contracted, batch = eqn.params["dimension_numbers"]
     (y,) = _jax.bind(eqn, [f.w, x] if position == 0 else [x, f.w])
-    met = dict(zip((*contracted[1 - position], *batch[1 - position]), (*contracted[position], *batch[position]), strict=True))
+    met = dict(
+        zip((*contracted[1 - position], *batch[1 - position]), (*contracted[position], *batch[position]), strict=True)
+    )
     x_labels = tuple(met.get(i, RANK - 1 - i) for i in range(x.ndim))
     x_free = [d for i, d in enumerate(x_labels) if i not in met]
     w_free = [d for d in range(len(f.shape)) if d not in met.values()]
@@ -285,7 +310,7 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
     if position == 0 or p["batch_group_count"] != 1:
         raise Dense
     (y,) = _jax.bind(eqn, [x, f.w])
-    first = 1 if rhs_in in f.labels[1] and rhs_in not in f.labels[0] or rhs_out in f.labels[0] else 0
+    first = 1 if (rhs_in in f.labels[1] and rhs_in not in f.labels[0]) or rhs_out in f.labels[0] else 0
     ways = [set(f.labels[i]) & set(spatial) for i in (first, 1 - first)]
     if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
         raise Dense

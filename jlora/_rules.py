@@ -57,8 +57,18 @@ class LoRA:
     def __post_init__(self) -> None:
         _check(_is_int(self.rank) and self.rank >= 1, "rank", self.rank, "a whole number from 1 up")
         _check(_is_real(self.alpha) and 0 < self.alpha < math.inf, "alpha", self.alpha, "a finite number above 0")
-        _check(_is_real(self.dropout) and 0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 up to, not including, 1")
-        _check(callable(self.init_a) or self.init_a in ("uniform", "normal"), "init_a", self.init_a, "'uniform', 'normal' or a function")
+        _check(
+            _is_real(self.dropout) and 0 <= self.dropout < 1,
+            "dropout",
+            self.dropout,
+            "a rate from 0 up to, not including, 1",
+        )
+        _check(
+            callable(self.init_a) or self.init_a in ("uniform", "normal"),
+            "init_a",
+            self.init_a,
+            "'uniform', 'normal' or a function",
+        )
         dtype = None if self.dtype is None else jnp.dtype(self.dtype)
         _check(dtype is None or jnp.issubdtype(dtype, jnp.inexact), "dtype", self.dtype, "a floating dtype")
         scale = float(self.alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -101,19 +111,27 @@ def assign(rules: Rule | Iterable[Rule], sites: Sites) -> dict[str, tuple[Rule, 
         ValueError: a target matches nothing, or only leaves that earlier rules took; a leaf that cannot be adapted is named; a rank is
             above the smaller side of its weight.
     """
-    rules = [rules] if isinstance(rules, Rule) else list(rules) if isinstance(rules, Iterable) and not isinstance(rules, str) else rules
-    if not isinstance(rules, list) or not all(isinstance(rule, Rule) for rule in rules):
+    listed: list[Any] = list(rules) if isinstance(rules, Iterable) else [rules]
+    if not all(isinstance(rule, Rule) for rule in listed):
         raise TypeError(f"rules must be a LoRA or Full rule, or a list of them.\n  got: {rules!r}")
-    if not rules:
-        raise ValueError("There is no rule: nothing would be trained.\n  Pass for example LoRA(rank=16, targets='all-linear').")
+    if not listed:
+        raise ValueError(
+            "There is no rule: nothing would be trained.\n  Pass for example LoRA(rank=16, targets='all-linear')."
+        )
     taken: dict[str, tuple[Rule, Site]] = {}
-    for rule in rules:
+    for rule in listed:
         found = {site.path: site for target in _several(rule.targets) for site in _matches(rule, target, sites)}
         new = {path: (rule, site) for path, site in found.items() if path not in taken}
         if not new:
-            raise ValueError(f"Earlier rules took every match of {_name(rule)}: it would have no effect.\n  matches: {_paths.listing(list(found))}")
+            raise ValueError(
+                f"Earlier rules took every match of {_name(rule)}: it would have no effect.\n  matches: {_paths.listing(list(found))}"
+            )
         taken |= new
-    over = [(site, rule.rank) for rule, site in taken.values() if isinstance(rule, LoRA) and site.inputs and rule.rank > site.max_rank]
+    over = [
+        (site, rule.rank)
+        for rule, site in taken.values()
+        if isinstance(rule, LoRA) and site.inputs and rule.rank > site.max_rank
+    ]
     if over:
         site, rank = over[0]
         more = f" and {len(over) - 1} more" if len(over) > 1 else ""
@@ -130,12 +148,18 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
         pool = everything.values() if isinstance(rule, Full) or rule.allow_dense else sites.values()
         found = [site for site in pool if target(site)]
         if not found:
-            raise ValueError(f"The predicate {getattr(target, '__qualname__', target)!r} of {_name(rule)} accepts none of {len(pool)} leaves.")
+            raise ValueError(
+                f"The predicate {getattr(target, '__qualname__', target)!r} of {_name(rule)} accepts none of {len(pool)} leaves."
+            )
     elif target == ALL_LINEAR:
         found = [site for site in sites.values() if ("linear" in site.kind or "conv" in site.kind) and not site.head]
         if not found:
             heads = [site.path for site in sites.values() if site.head]
-            hint = f"\n  The output head is left out: name it to adapt it, targets={heads[0]!r}." if heads else "\n  print(sites) shows how each leaf is used."
+            hint = (
+                f"\n  The output head is left out: name it to adapt it, targets={heads[0]!r}."
+                if heads
+                else "\n  print(sites) shows how each leaf is used."
+            )
             raise ValueError(f"No weight matches target 'all-linear'.{hint}")
     else:
         found = [site for path, site in everything.items() if re.fullmatch(target, path)]
@@ -151,14 +175,18 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
 
 def _check_usable(rule: Rule, site: Site) -> None:
     if site.kind == "unused" or not jnp.issubdtype(site.dtype, jnp.inexact):
-        raise ValueError(f"Training '{site.path}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}.")
+        raise ValueError(
+            f"Training '{site.path}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}."
+        )
     if isinstance(rule, LoRA) and site.reason and (not rule.allow_dense or len(site.shape) < 2):
         way_out = (
             "train it outright with a Full rule"
             if len(site.shape) < 2
             else "train it with a Full rule, or accept a full-size gradient with LoRA(allow_dense=True) and wrap(fn, dense='allow')"
         )
-        raise ValueError(f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  Leave it out of the targets of {_name(rule)}, or {way_out}.")
+        raise ValueError(
+            f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  Leave it out of the targets of {_name(rule)}, or {way_out}."
+        )
 
 
 def _targets(targets: Any, rule: str) -> Any:
@@ -170,7 +198,9 @@ def _targets(targets: Any, rule: str) -> Any:
         if callable(target):
             continue
         if not isinstance(target, str):
-            raise TypeError(f"A target of {rule} must be 'all-linear', a regular expression or a predicate.\n  got: {target!r}")
+            raise TypeError(
+                f"A target of {rule} must be 'all-linear', a regular expression or a predicate.\n  got: {target!r}"
+            )
         try:
             re.compile(target)
         except re.error as error:

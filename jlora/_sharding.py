@@ -42,7 +42,9 @@ def _is_sharding(x: Any) -> bool:
 
 def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
     if not _is_sharding(sharding):
-        raise ValueError(f"The base leaf '{path}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs")
+        raise ValueError(
+            f"The base leaf '{path}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs"
+        )
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", None)
     names = list(adapter.labels)
     if spec is None:  # one device, or a sharding that does not speak of axes
@@ -53,7 +55,9 @@ def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
             raise ValueError(f"The spec {spec} of '{path}' is longer than its {ndim} axes.")
         found = dict(factor_specs(adapter, (*spec, *(None,) * (ndim - len(spec)))))
         if isinstance(sharding, NamedSharding):
-            found = {name: NamedSharding(sharding.mesh, s, memory_kind=sharding.memory_kind) for name, s in found.items()}
+            found = {
+                name: NamedSharding(sharding.mesh, s, memory_kind=sharding.memory_kind) for name, s in found.items()
+            }
     return jax.tree.unflatten(jax.tree.structure(adapter), [found[name] for name in names])
 
 

@@ -1,35 +1,19 @@
-"""Discovery: which leaves of a parameter tree a function uses as weights, found by an abstract run of its program.
-
-The run is the interpreter's with another environment. A value is "a view of leaf P, whose axes run along these axes of P", or an
-activation; a product that meets such a view records which axes it sums over. Nothing is computed and no name is looked at.
-"""
+"""What ``jlora.sites`` returns: the leaves of a parameter tree that a function uses as weights, and which axes play which role."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _jax, _paths
+from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
-from jlora._primitives import USES, VIEWS, gain_axes, picked
+from jlora._discover import Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
 from jlora._trace import trace_call
-
-Axes = frozenset[int]
-NONE: Axes = frozenset()
-
-
-class SiteUse(NamedTuple):
-    """One use of a leaf: ``kind`` is ``linear``, ``conv``, ``lookup`` or ``dense``; ``operation`` the primitive, ``where`` the source line."""
-
-    kind: str
-    operation: str
-    where: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +74,8 @@ class Sites(Mapping[str, Site]):
             return self._sites[path]
         if path in self.skipped:
             raise KeyError(f"'{path}' cannot be adapted: {self.skipped[path].reason}.")
-        raise KeyError(f"No leaf has the path '{path}'; nearest: {', '.join(_paths.nearest(path, [*self._sites, *self.skipped]))}.")
+        near = _paths.nearest(path, [*self._sites, *self.skipped])
+        raise KeyError(f"No leaf has the path '{path}'; nearest: {', '.join(near)}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)
@@ -105,8 +90,11 @@ class Sites(Mapping[str, Site]):
         return f"Sites({len(self)} that can be adapted, {len(self.skipped)} that cannot)"
 
     def __str__(self) -> str:
+        def groups(s: Site) -> tuple[tuple[int, ...], ...]:
+            return s.inputs, s.outputs, s.batch
+
         rows = [
-            (s.path, _shape(s.shape), s.kind + (" (head)" if s.head else ""), *(_axes(s, g) for g in (s.inputs, s.outputs, s.batch)), f"{s.size:,}")
+            (s.path, _shape(s.shape), s.kind + " (head)" * s.head, *(_axes(s, g) for g in groups(s)), f"{s.size:,}")
             for s in self.values()
         ]
         total = sum(s.size for s in self.values())
@@ -148,249 +136,20 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     if not callable(fn):
         raise TypeError(f"sites takes the function first: sites(fn, params, *args).\n  got: {type(fn).__name__} as fn")
     call = trace_call(fn, params, args, kwargs)
-    finder = _Finder()
-    leaves = [_leaf(path, leaf) for path, leaf in zip(call.paths, call.leaves, strict=True)]
+    finder = Finder()
+    leaves = [leaf(path, x) for path, x in zip(call.paths, call.leaves, strict=True)]
     outs = finder.run(call.program, [*leaves, *(Value() for _ in call.arrays)])
     last = {source for out in outs if len(out.reach) == 1 for source in out.reach} - finder.fed
     heads = {source.path for source in last if not source.lookup}
     for out in outs:
         finder.dense(out, "being returned")
-    found = [_site(p, np.shape(x), lax.dtype(x), finder, p in heads) for p, x in zip(call.paths, call.leaves, strict=True)]
+    found = [
+        _site(p, np.shape(x), lax.dtype(x), finder, p in heads) for p, x in zip(call.paths, call.leaves, strict=True)
+    ]
     return Sites(found, fingerprint(call.paths, call.leaves))
 
 
-class Seen(NamedTuple):
-    """A view of a leaf: for each axis of the value the axes of the leaf it runs along, and those along which slices were picked."""
-
-    path: str
-    axes: tuple[Axes, ...]
-    shape: tuple[int, ...]
-    picked: Axes = NONE
-    rows: bool = False  # picked by a gather: if nothing multiplies the rest, they were rows of a table
-
-
-class Source(NamedTuple):
-    """What an activation came out of last: a product with the leaf at ``path``, or a lookup in it."""
-
-    path: str
-    lookup: bool
-
-
-class Value(NamedTuple):
-    """A value of the abstract run: a view of a leaf or an activation, and the uses of leaves it depends on with no other between."""
-
-    view: Seen | None = None
-    reach: frozenset[Source] = frozenset()
-
-
-class _Record(NamedTuple):
-    use: SiteUse
-    inputs: Axes
-    batch: Axes
-
-
-def _leaf(path: str, leaf: Any) -> Value:
-    shape = np.shape(leaf)
-    if not jnp.issubdtype(lax.dtype(leaf), jnp.inexact):
-        return Value()
-    return Value(Seen(path, tuple(frozenset([d]) for d in range(len(shape))), shape))
-
-
-class _Finder:
-    """The abstract run, and what it found: records of uses, groups of axes that must play one role, and leaves that feed others."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, dict[Any, _Record]] = {}
-        self.merged: dict[str, dict[Axes, str]] = {}
-        self.fed: set[Source] = set()
-        self.within: list[Any] = []  # the equation at hand and those around it
-
-    def run(self, program: _jax.Program, args: Sequence[Value]) -> list[Value]:
-        jaxpr, consts = program
-        env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*(Value() for _ in consts), *args), strict=True))
-
-        def read(atom: Any) -> Value:
-            return Value() if _jax.is_literal(atom) else env[atom]
-
-        for eqn in jaxpr.eqns:
-            self.within.append(eqn)
-            env.update(zip(eqn.outvars, self.step(eqn, [read(v) for v in eqn.invars]), strict=True))
-            self.within.pop()
-        return [read(v) for v in jaxpr.outvars]
-
-    def step(self, eqn: Any, values: list[Value]) -> list[Value]:
-        name = eqn.primitive.name
-        if name in _BODIES:
-            return _BODIES[name](self, eqn, values)
-        positions = [i for i, v in enumerate(values) if v.view is not None]
-        if positions and name in USES:
-            return self.product(eqn, values, positions)
-        for i in positions if name == "mul" else positions[:1] if positions[:1] == [0] else ():
-            out = self.view(eqn, values, i) if name in VIEWS else None
-            if out is not None:
-                for j in positions:
-                    if j != i:
-                        self.dense(values[j], name)
-                return out
-        for i in positions:
-            self.dense(values[i], name)
-        return [Value(None, _reach(values))] * len(eqn.outvars)
-
-    def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
-        """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
-        name, position = eqn.primitive.name, positions[-1]
-        for i in positions[:-1]:
-            self.dense(values[i], f"{name} with another weight")
-        seen = values[position].view
-        use = USES[name](eqn, position, len(seen.axes)) if seen is not None else None
-        if seen is None or use is None:
-            self.dense(values[position], name)
-            return [Value(None, _reach(values))]
-        inputs, batch = (_union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
-        self.record(seen, name, use.kind, inputs, (batch | seen.picked) - inputs)
-        self.fed |= _reach([v for i, v in enumerate(values) if i != position])
-        return [Value(None, frozenset([Source(seen.path, lookup=False)]))]
-
-    def view(self, eqn: Any, values: list[Value], position: int) -> list[Value] | None:
-        """A view of a view, or ``None`` if the result is no weight any more."""
-        seen, name, reach = values[position].view, eqn.primitive.name, _reach(values)
-        if seen is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
-            return None
-        chosen = picked(eqn, seen.shape)
-        if chosen is None:
-            return None
-        if name in ("mul", "div"):
-            axes = gain_axes(eqn, position, seen.shape)
-            if axes is None or len(axes) == sum(n != 1 for n in seen.shape):
-                return None
-            self.merge(seen, axes, eqn)
-        if name == "reshape":
-            if eqn.params["dimensions"]:
-                return None
-            for old in {flow for flow in VIEWS[name](eqn, seen.shape) if len(flow) > 1}:
-                self.merge(seen, old, eqn)
-        flow = VIEWS[name](eqn, seen.shape)
-        took = _union(seen.axes[d] for d in chosen)
-        if name == "gather":
-            if len(_union(seen.axes) - took) < 2:
-                self.record(seen, name, "lookup", took, NONE)
-                return [Value(None, reach | {Source(seen.path, lookup=True)})]
-            flow = [() if set(source) & set(chosen) else source for source in flow]
-        rows = seen.rows or name == "gather"
-        outs = []
-        for v in eqn.outvars:
-            axes = tuple(_union(seen.axes[d] for d in source if d not in chosen) for source in flow)
-            outs.append(Value(Seen(seen.path, axes, v.aval.shape, seen.picked | took, rows), reach))
-        return outs
-
-    def merge(self, seen: Seen, axes: Sequence[int], eqn: Any) -> None:
-        """Notes that the leaf's axes under ``axes`` must all be inputs or all be outputs."""
-        group = _union(seen.axes[d] for d in axes)
-        if len(group) > 1:
-            self.merged.setdefault(seen.path, {}).setdefault(group, f"{eqn.primitive.name} at {_jax.where(self.within)}")
-
-    def record(self, seen: Seen, operation: str, kind: str, inputs: Axes, batch: Axes) -> None:
-        known = self.records.setdefault(seen.path, {})
-        key = (*map(id, self.within), kind, inputs, batch)
-        if key not in known:
-            where = _jax.where(self.within) if self.within else "its output"
-            known[key] = _Record(SiteUse(kind, operation, where), inputs, batch)
-
-    def dense(self, value: Value, operation: str) -> None:
-        """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
-        seen = value.view
-        if seen is not None:
-            if seen.rows:
-                self.record(seen, operation, "lookup", seen.picked, NONE)
-            else:
-                self.record(seen, operation, "dense", NONE, NONE)
-
-
-def _inline(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
-    return finder.run(_jax.subprogram(eqn), values)
-
-
-def _barrier(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
-    return values
-
-
-def _scan(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
-    s = _jax.scan(eqn)
-    head = s.num_consts + s.num_carry
-    consts, carry, xs = values[: s.num_consts], values[s.num_consts : head], values[head:]
-    slices = [v if v.view is None else v._replace(view=_slice(v.view)) for v in xs]
-    forwarded = _jax.forwarded(s.body, s.num_consts, s.num_carry)
-
-    def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
-        outs = finder.run(s.body, [*consts, *carried, *slices])
-        return outs[: s.num_carry], outs[s.num_carry :]
-
-    carried, ys = _loop(finder, eqn, carry, forwarded, body)
-    for y in ys:
-        finder.dense(y, "scan (returned from its body)")
-    return [*carried, *(y._replace(view=None) for y in ys)]
-
-
-def _while(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
-    w = _jax.while_(eqn)
-    head = w.cond_consts + w.body_consts
-    cond_consts, body_consts, carry = values[: w.cond_consts], values[w.cond_consts : head], values[head:]
-    forwarded = _jax.forwarded(w.body, w.body_consts, len(carry))
-
-    def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
-        finder.run(w.cond, [*cond_consts, *carried])
-        return finder.run(w.body, [*body_consts, *carried]), []
-
-    return _loop(finder, eqn, carry, forwarded, body)[0]
-
-
-def _loop(finder: _Finder, eqn: Any, carry: list[Value], forwarded: set[int], body: Any) -> tuple[list[Value], list[Value]]:
-    """Runs a loop's body until what its carry depends on no longer grows."""
-    for i, v in enumerate(carry):
-        if i not in forwarded:
-            finder.dense(v, f"{eqn.primitive.name} (carried and changed)")
-    carry = [v if i in forwarded else v._replace(view=None) for i, v in enumerate(carry)]
-    while True:
-        outs, ys = body(carry)
-        for i, out in enumerate(outs):
-            if i not in forwarded:
-                finder.dense(out, f"{eqn.primitive.name} (returned from its body)")
-        grown = [v._replace(reach=v.reach | out.reach) for v, out in zip(carry, outs, strict=True)]
-        if grown == carry:
-            # After the last turn a carry depends on what the body makes of it; the initial value only matters without any turn.
-            return [v if i in forwarded else Value(None, out.reach) for i, (v, out) in enumerate(zip(carry, outs, strict=True))], ys
-        carry = grown
-
-
-def _cond(finder: _Finder, eqn: Any, values: list[Value]) -> list[Value]:
-    results = [finder.run(branch, values[1:]) for branch in _jax.branches(eqn)]
-    for out in (out for result in results for out in result):
-        finder.dense(out, "cond (returned from a branch)")
-    return [Value(None, _reach([values[0], *outs])) for outs in zip(*results, strict=True)]
-
-
-_BODIES: dict[str, Callable[[_Finder, Any, list[Value]], list[Value]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), _inline),
-    "optimization_barrier": _barrier,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-}
-
-
-def _slice(seen: Seen) -> Seen:
-    return seen._replace(axes=seen.axes[1:], shape=seen.shape[1:], picked=seen.picked | seen.axes[0])
-
-
-def _reach(values: Sequence[Value]) -> frozenset[Source]:
-    return frozenset().union(*(v.reach for v in values))
-
-
-def _union(groups: Any) -> Axes:
-    return frozenset().union(*groups)
-
-
-def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: _Finder, head: bool) -> Site:
+def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, head: bool) -> Site:
     records = list(finder.records.get(path, {}).values())
     uses = tuple(record.use for record in records)
     kind = "+".join(sorted({use.kind for use in uses} - {"dense"}))
@@ -402,17 +161,17 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: _Finder, h
     return Site(path, tuple(shape), dtype, kind, inputs, outputs, batch, uses, head, reason)
 
 
-def _roles(ndim: int, records: list[_Record]) -> tuple[tuple[int, ...], ...]:
+def _roles(ndim: int, records: list[Record]) -> tuple[tuple[int, ...], ...]:
     """Which axes are inputs, outputs and batch. Any split into inputs and outputs gives right results; the first use names it."""
     lead = next((r for r in records if r.use.kind == "lookup"), records[0])
-    summed = _union(r.inputs for r in records)
+    summed = union(r.inputs for r in records)
     batch = records[0].batch.intersection(*(r.batch for r in records)) - summed
     inputs = (lead.inputs | (lead.batch & summed)) - batch
     outputs = frozenset(range(ndim)) - inputs - batch
     return tuple(tuple(sorted(group)) for group in (inputs, outputs, batch))
 
 
-def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[_Record], roles: Any, finder: _Finder) -> str:
+def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[Record], roles: Any, finder: Finder) -> str:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return f"it holds {dtype}, not floats"
     if not records:
@@ -425,8 +184,9 @@ def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[_Record],
         if not any(group <= set(role) for role in roles):
             return f"input and output axes are merged by {place}"
     inputs, outputs, _ = roles
-    if not inputs or not outputs or prod(shape[d] for d in outputs) == 1 and len(outputs) == 0:
-        return f"it is not a matrix: {records[0].use.operation} at {records[0].use.where} leaves it no {'input' if not inputs else 'output'} axis"
+    if not inputs or not outputs:
+        missing = "output" if inputs else "input"
+        return f"it is not a matrix: {records[0].use.operation} at {records[0].use.where} leaves it no {missing} axis"
     return ""
 
 

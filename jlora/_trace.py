@@ -38,7 +38,9 @@ def trace_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwarg
     """Traces ``fn(params, *args, **kwargs)`` without computing anything; leaves may be ``jax.ShapeDtypeStruct``s."""
     paths, leaves, tree = _paths.flatten(params)
     if not leaves:
-        raise ValueError(f"The parameter tree has no leaves.\n  got: {type(params).__name__}\n  Pass the parameters second: (fn, params, ...).")
+        raise ValueError(
+            f"The parameter tree has no leaves.\n  got: {type(params).__name__}\n  Pass the parameters second: (fn, params, ...)."
+        )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf) and not isinstance(leaf, int | float | complex):
             raise TypeError(f"The leaf '{path}' of the parameters is not an array but {type(leaf).__name__}.")

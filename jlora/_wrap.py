@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _paths
+from jlora import _jax, _paths
 from jlora._adapters import Adapter
 from jlora._factored import Branch
 from jlora._init import as_key, fold_path
@@ -17,7 +17,9 @@ from jlora._interpret import Interpreter
 from jlora._trace import trace_call
 
 
-def wrap(fn: Callable[..., Any], *, dense: Literal["error", "allow"] = "error", train_base: bool = False) -> Callable[..., Any]:
+def wrap(
+    fn: Callable[..., Any], *, dense: Literal["error", "allow"] = "error", train_base: bool = False
+) -> Callable[..., Any]:
     r"""Returns ``apply(params, lora, *args, dropout_key=None, **kwargs)``: ``fn`` with adapted weights, kept factored.
 
     ``apply`` gives what ``fn(merge(params, lora), *args, **kwargs)`` gives, up to rounding. It traces ``fn``, and evaluates the same
@@ -56,7 +58,7 @@ def wrap(fn: Callable[..., Any], *, dense: Literal["error", "allow"] = "error", 
     if dense not in ("error", "allow"):
         raise ValueError(f"dense must be 'error' or 'allow'.\n  got: {dense!r}")
 
-    @functools.wraps(fn)
+    @functools.wraps(fn, updated=())
     def apply(params: Any, lora: Mapping[str, Adapter], *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         check_lora(lora, params)
         paths, leaves, _ = _paths.flatten(params)
@@ -86,10 +88,16 @@ def check_lora(lora: Any, params: Any = None) -> None:
         return
     swapped = isinstance(params, Mapping) and params and all(isinstance(x, Adapter) for x in params.values())
     if swapped:
-        raise TypeError("The parameters come first, then the adapter: (params, lora, ...).\n  got: an adapter as params")
+        raise TypeError(
+            "The parameters come first, then the adapter: (params, lora, ...).\n  got: an adapter as params"
+        )
     if isinstance(lora, Mapping) and not lora:
-        raise ValueError("The adapter is empty: it would have no effect.\n  Call the function itself, or make an adapter with jlora.init.")
-    raise TypeError(f"lora must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}")
+        raise ValueError(
+            "The adapter is empty: it would have no effect.\n  Call the function itself, or make an adapter with jlora.init."
+        )
+    raise TypeError(
+        f"lora must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}"
+    )
 
 
 def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any]) -> None:
@@ -97,7 +105,9 @@ def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any])
     shapes = {path: np.shape(leaf) for path, leaf in zip(paths, leaves, strict=True)}
     for path, adapter in lora.items():
         if path not in shapes:
-            raise ValueError(f"The adapter belongs to another base: there is no leaf '{path}'.\n  nearest: {', '.join(_paths.nearest(path, shapes))}")
+            raise ValueError(
+                f"The adapter belongs to another base: there is no leaf '{path}'.\n  nearest: {', '.join(_paths.nearest(path, shapes))}"
+            )
         if shapes[path] != adapter.shape:
             raise ValueError(
                 f"The adapter belongs to another base: '{path}' has shape {shapes[path]}, the adapter is for {adapter.shape}."
@@ -106,10 +116,10 @@ def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any])
 
 def _check_read(lora: Mapping[str, Adapter], call: Any) -> None:
     """Raises if this call reads none of the adapted leaves. Some may be unread: a model has several methods."""
-    read = {v for eqn in call.program.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-    read |= {v for v in call.program.jaxpr.outvars if not hasattr(v, "val")}
-    invars = call.program.jaxpr.invars
-    if not any(path in lora and v in read for path, v in zip(call.paths, invars, strict=False)):
+    jaxpr = call.program.jaxpr
+    atoms = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
+    read = {v for v in atoms if not _jax.is_literal(v)}
+    if not any(path in lora and v in read for path, v in zip(call.paths, jaxpr.invars, strict=False)):
         raise ValueError(f"The adapter would have no effect: this call uses none of {_paths.listing(list(lora))}.")
 
 

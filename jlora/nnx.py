@@ -19,11 +19,14 @@ class Functional:
     def __init__(self, graph: Any, state: Any):
         self._graph, self.state = graph, state
 
-    def __call__(self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any
+    ) -> Any:
         state = self.state if state is None else state
         module = nnx.merge(self._graph, nnx.State(params), state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
-        _, _, after = nnx.split(module, nnx.Param, ...)
+        parts: Any = nnx.split(module, nnx.Param, ...)
+        after = parts[2]
         if mutable:
             return out, after
         changed = _changed(state, after)
@@ -56,7 +59,8 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
     """
     if not isinstance(module, nnx.Module):
         raise TypeError(f"split takes an nnx.Module.\n  got: {type(module).__name__}")
-    graph, params, state = nnx.split(module, nnx.Param, ...)
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    graph, params, state = parts
     return Functional(graph, state), nnx.to_pure_dict(params)
 
 

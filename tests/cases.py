@@ -37,7 +37,9 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     rank: int = 2
     tol: float = 1e-5
-    exact_in_jit: bool = True  # XLA contracts a multiplication and an addition of the base into one rounding, here it cannot
+    exact_in_jit: bool = (
+        True  # XLA contracts a multiplication and an addition of the base into one rounding, here it cannot
+    )
 
     def sites(self) -> jlora.Sites:
         return jlora.sites(self.fn, self.params, *self.args, **self.kwargs)
@@ -74,7 +76,7 @@ X = _array(B, T, D, seed=1)
 W = {"w": _array(D, M)}
 ONE = {"w": MATRIX}
 
-# --- products ------------------------------------------------------------------------------------------------------------------------
+# --- products --------------------------------------------------------------------------------------------------------
 case("dense", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"]))
 case("vector", W, (X[0, 0],), ONE)(lambda p, x: x @ p["w"])
 case("bias", {"w": W["w"], "b": _array(M)}, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None, None]))
@@ -83,27 +85,42 @@ case("kernel_left_batched", W, (_array(B, M, K),), {"w": ((1,), (0,), ())})(lamb
 case("transposed", W, (_array(B, T, M),), {"w": ((1,), (0,), ())})(lambda p, x: jnp.tanh(x @ p["w"].T))
 case("both_ways", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T)
 case("precision", W, (X,), ONE)(lambda p, x: lax.dot_general(x, p["w"], (((2,), (0,)), ((), ())), precision="highest"))
-case("preferred_type", W, (X,), ONE)(lambda p, x: lax.dot_general(x, p["w"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32))
-case("heads_out", {"w": _array(D, H, K)}, (X,), {"w": ((0,), (1, 2), ())})(lambda p, x: jnp.einsum("btd,dhk->bthk", x, p["w"]))
+case("preferred_type", W, (X,), ONE)(
+    lambda p, x: lax.dot_general(x, p["w"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+)
+case("heads_out", {"w": _array(D, H, K)}, (X,), {"w": ((0,), (1, 2), ())})(
+    lambda p, x: jnp.einsum("btd,dhk->bthk", x, p["w"])
+)
 case("heads_in", {"w": _array(H, K, D)}, (_array(B, T, H, K),), {"w": ((0, 1), (2,), ())})(
     lambda p, x: jnp.einsum("bthk,hkd->btd", x, p["w"])
 )
 case("contracted_apart", {"w": _array(H, D, K)}, (_array(B, K, T, H),), {"w": ((0, 2), (1,), ())})(
     lambda p, x: jnp.einsum("bkth,hdk->bdt", x, p["w"])
 )
-case("experts", {"w": _array(E, D, M)}, (_array(B, E, D),), {"w": ((1,), (2,), (0,))})(lambda p, x: jnp.einsum("bed,edm->bem", x, p["w"]))
+case("experts", {"w": _array(E, D, M)}, (_array(B, E, D),), {"w": ((1,), (2,), (0,))})(
+    lambda p, x: jnp.einsum("bed,edm->bem", x, p["w"])
+)
 case("experts_left", {"w": _array(E, D, M)}, (_array(B, E, M),), {"w": ((2,), (1,), (0,))})(
     lambda p, x: jnp.einsum("edm,bem->edb", p["w"], x)
 )
-case("experts_free", {"w": _array(E, D, M)}, (X,), {"w": ((1,), (0, 2), ())})(lambda p, x: jnp.einsum("btd,edm->ebtm", x, p["w"]))
-case("experts_up_down", {"u": _array(E, D, M), "v": _array(E, M, D)}, (X,), {"u": ((1,), (0, 2), ()), "v": ((1,), (2,), (0,))})(
-    lambda p, x: jnp.einsum("btem,emd->bted", jnp.tanh(jnp.einsum("btd,edm->btem", x, p["u"])), p["v"])
+case("experts_free", {"w": _array(E, D, M)}, (X,), {"w": ((1,), (0, 2), ())})(
+    lambda p, x: jnp.einsum("btd,edm->ebtm", x, p["w"])
 )
+case(
+    "experts_up_down",
+    {"u": _array(E, D, M), "v": _array(E, M, D)},
+    (X,),
+    {"u": ((1,), (0, 2), ()), "v": ((1,), (2,), (0,))},
+)(lambda p, x: jnp.einsum("btem,emd->bted", jnp.tanh(jnp.einsum("btd,edm->btem", x, p["u"])), p["v"]))
 case("summed_experts", {"w": _array(E, D, M)}, (_array(B, E, D),), {"w": ((0, 1), (2,), ())})(
     lambda p, x: jnp.einsum("bed,edm->bm", x, p["w"])
 )
-case("vmapped_experts", {"w": _array(E, D, M)}, (_array(E, B, D),), {"w": ((1,), (2,), (0,))})(lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]))
-case("unit_axes", {"w": _array(1, D, 1, M)}, (X,), {"w": ((1,), (0, 2, 3), ())})(lambda p, x: jnp.einsum("btd,adcm->btacm", x, p["w"]))
+case("vmapped_experts", {"w": _array(E, D, M)}, (_array(E, B, D),), {"w": ((1,), (2,), (0,))})(
+    lambda p, x: jax.vmap(jnp.matmul)(x, p["w"])
+)
+case("unit_axes", {"w": _array(1, D, 1, M)}, (X,), {"w": ((1,), (0, 2, 3), ())})(
+    lambda p, x: jnp.einsum("btd,adcm->btacm", x, p["w"])
+)
 case("one_output", {"w": _array(D, 1)}, (X,), ONE, rank=1)(lambda p, x: jnp.tanh(x @ p["w"]))
 case("twice", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"]) + jnp.sin(x[:, ::-1] @ p["w"]))
 case("residual", {"w": _array(D, D)}, (X,), ONE)(lambda p, x: x + jnp.tanh(x @ p["w"]))
@@ -112,10 +129,16 @@ case("attention", {n: _array(D, D, seed=i) for i, n in enumerate("qkvo")}, (X,),
     lambda p, x: jax.nn.softmax((x @ p["q"]) @ jnp.swapaxes(x @ p["k"], 1, 2)) @ (x @ p["v"]) @ p["o"]
 )
 
-# --- views -----------------------------------------------------------------------------------------------------------------------------
-case("cast_bf16", {"w": _array(D, M, dtype=jnp.bfloat16)}, (X,), ONE, tol=1e-2)(lambda p, x: x @ p["w"].astype(jnp.float32))
-case("compute_bf16", W, (X,), ONE, tol=3e-2)(lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32))
-case("split_heads", {"w": _array(D, H * K)}, (X,), ONE)(lambda p, x: jnp.einsum("btd,dhk->bhtk", x, p["w"].reshape(D, H, K)))
+# --- views -----------------------------------------------------------------------------------------------------------
+case("cast_bf16", {"w": _array(D, M, dtype=jnp.bfloat16)}, (X,), ONE, tol=1e-2)(
+    lambda p, x: x @ p["w"].astype(jnp.float32)
+)
+case("compute_bf16", W, (X,), ONE, tol=3e-2)(
+    lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32)
+)
+case("split_heads", {"w": _array(D, H * K)}, (X,), ONE)(
+    lambda p, x: jnp.einsum("btd,dhk->bhtk", x, p["w"].reshape(D, H, K))
+)
 case("merge_heads", {"w": _array(D, H, K)}, (X,), {"w": ((0,), (1, 2), ())})(lambda p, x: x @ p["w"].reshape(D, H * K))
 case("merge_moved", {"w": _array(H, D, K)}, (X,), {"w": ((1,), (0, 2), ())})(
     lambda p, x: x @ p["w"].transpose(1, 2, 0).reshape(D, K * H)
@@ -129,30 +152,38 @@ case("broadcast", W, (_array(B, T, D),), ONE)(lambda p, x: jnp.matmul(x, jnp.bro
 case("scaled", W, (X, jnp.float32(0.3)), ONE)(lambda p, x, s: x @ (-p["w"] * s / 2.0))
 case("gain_out", {"w": W["w"], "g": _array(M)}, (X,), ONE)(lambda p, x: x @ (p["w"] * p["g"][None]))
 case("gain_in", {"w": W["w"], "g": _array(D)}, (X,), ONE)(lambda p, x: x @ (p["g"][:, None] * p["w"]))
-case("fused_split", {"w": _array(D, 3 * K)}, (X,), ONE)(lambda p, x: sum(jnp.sin(x @ w) for w in jnp.split(p["w"], [K, 2 * K], axis=1)))
+case("fused_split", {"w": _array(D, 3 * K)}, (X,), ONE)(
+    lambda p, x: sum(jnp.sin(x @ w) for w in jnp.split(p["w"], [K, 2 * K], axis=1))
+)
 case("fused_slice", {"w": _array(D, 2 * K)}, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"][:, :K]) * (x @ p["w"][:, K:]))
 case("input_slice", {"w": _array(2 * D, M)}, (X,), ONE)(lambda p, x: x @ p["w"][:D] + jnp.flip(x, 1) @ p["w"][D:][::-1])
-case("stacked_gates", {"w": _array(2, D, M)}, (X,), {"w": ((1,), (2,), (0,))})(lambda p, x: jax.nn.silu(x @ p["w"][0]) * (x @ p["w"][1]))
-case("chosen_layer", {"w": _array(L, D, D)}, (X, jnp.int32(2)), {"w": ((1,), (2,), (0,))})(lambda p, x, i: x @ p["w"][i])
+case("stacked_gates", {"w": _array(2, D, M)}, (X,), {"w": ((1,), (2,), (0,))})(
+    lambda p, x: jax.nn.silu(x @ p["w"][0]) * (x @ p["w"][1])
+)
+case("chosen_layer", {"w": _array(L, D, D)}, (X, jnp.int32(2)), {"w": ((1,), (2,), (0,))})(
+    lambda p, x, i: x @ p["w"][i]
+)
 case("chosen_experts", {"w": _array(E, D, M)}, (_array(B, D), jnp.array([3, 11])), {"w": ((1,), (2,), (0,))})(
     lambda p, x, i: jnp.einsum("bd,bdm->bm", x, p["w"][i])
 )
 case("named", W, (X,), ONE)(lambda p, x: x @ checkpoint_name(p["w"], "kernel"))
 case("barrier", W, (X,), ONE)(lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))))
 
-# --- lookups -----------------------------------------------------------------------------------------------------------------------------
+# --- lookups ---------------------------------------------------------------------------------------------------------
 IDS = jnp.array([[3, 0, 18], [7, 7, 1]])
 TABLE = {"e": _array(V, D)}
 case("lookup", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jnp.tanh(p["e"][i]))
 case("take", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jnp.take(p["e"], i, axis=0, mode="clip"))
-case("take_columns", {"e": _array(D, V)}, (IDS,), {"e": ((1,), (0,), ())})(lambda p, i: jnp.take(p["e"], i, axis=1, mode="clip"))
+case("take_columns", {"e": _array(D, V)}, (IDS,), {"e": ((1,), (0,), ())})(
+    lambda p, i: jnp.take(p["e"], i, axis=1, mode="clip")
+)
 case("lookup_scaled", TABLE, (IDS,), {"e": MATRIX}, exact_in_jit=False)(lambda p, i: (p["e"] * 3.0)[i] + 1.0)
 case("lookup_blocks", {"e": _array(V, H, K)}, (IDS,), {"e": ((0,), (1, 2), ())})(lambda p, i: jnp.tanh(p["e"][i]))
 case("tied", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jnp.tanh(p["e"][i]) @ p["e"].T)
 case("vmapped_lookup", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jax.vmap(lambda j: p["e"][j])(i))
 case("one_hot", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jax.nn.one_hot(i, V) @ p["e"])
 
-# --- convolutions --------------------------------------------------------------------------------------------------------------------------
+# --- convolutions ----------------------------------------------------------------------------------------------------
 IMAGE = _array(B, 9, 8, D)
 HWIO = ("NHWC", "HWIO", "NHWC")
 CONV: dict[str, Roles] = {"w": ((0, 1, 2), (3,), ())}
@@ -168,13 +199,17 @@ case("conv", KERNEL, (IMAGE,), CONV)(conv)
 case("conv_strided", KERNEL, (IMAGE,), CONV)(partial(conv, window_strides=(2, 3), padding="VALID"))
 case("conv_dilated", KERNEL, (IMAGE,), CONV)(partial(conv, rhs_dilation=(2, 1)))
 case("conv_input_dilated", KERNEL, (IMAGE,), CONV)(partial(conv, lhs_dilation=(2, 3), padding=((1, 2), (0, 1))))
-case("conv_grouped", {"w": _array(3, 2, D, 3 * M)}, (_array(B, 9, 8, 3 * D),), CONV)(partial(conv, feature_group_count=3))
+case("conv_grouped", {"w": _array(3, 2, D, 3 * M)}, (_array(B, 9, 8, 3 * D),), CONV)(
+    partial(conv, feature_group_count=3)
+)
 case("conv_depthwise", {"w": _array(3, 2, 1, 3 * D)}, (IMAGE,), CONV)(partial(conv, feature_group_count=D))
 case("conv_1x1_strided", {"w": _array(1, 1, D, M)}, (IMAGE,), CONV)(partial(conv, window_strides=(2, 2)))
 case("conv_nchw", {"w": _array(M, D, 3, 2)}, (jnp.moveaxis(IMAGE, 3, 1),), {"w": ((1, 2, 3), (0,), ())})(
     lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME")
 )
-case("conv_transpose", KERNEL, (IMAGE,), CONV)(lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "SAME", dimension_numbers=HWIO))
+case("conv_transpose", KERNEL, (IMAGE,), CONV)(
+    lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "SAME", dimension_numbers=HWIO)
+)
 case("conv_transpose_kernel", {"w": _array(3, 2, M, D)}, (IMAGE,), {"w": ((0, 1, 3), (2,), ())})(
     lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "SAME", dimension_numbers=HWIO, transpose_kernel=True)
 )
@@ -188,7 +223,7 @@ case("conv_3d", {"w": _array(2, 3, 2, H, K)}, (_array(B, 4, 5, 4, H),), {"w": ((
     lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 2, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 )
 
-# --- programs with bodies ----------------------------------------------------------------------------------------------------------------
+# --- programs with bodies --------------------------------------------------------------------------------------------
 STACK = {"w": _array(L, D, D)}
 STACKED: dict[str, Roles] = {"w": ((1,), (2,), (0,))}
 SQUARE = {"w": _array(D, D)}
@@ -211,17 +246,26 @@ case("remat_policy", SQUARE, (X,), ONE)(
 case("scan", STACK, (X,), STACKED)(scanned)
 case("scan_reverse", STACK, (X,), STACKED)(partial(scanned, reverse=True, unroll=2))
 case("scan_remat", STACK, (X,), STACKED)(partial(scanned, step=jax.checkpoint(layer, prevent_cse=False)))
-case("scan_of_two", {"u": _array(L, D, M), "v": _array(L, M, D), "b": _array(L, M)}, (X,), {"u": STACKED["w"], "v": STACKED["w"]})(
-    lambda p, x: lax.scan(lambda c, w: (c + jnp.tanh(c @ w["u"] + w["b"][None, None]) @ w["v"], None), x, p)[0]
-)
+case(
+    "scan_of_two",
+    {"u": _array(L, D, M), "v": _array(L, M, D), "b": _array(L, M)},
+    (X,),
+    {"u": STACKED["w"], "v": STACKED["w"]},
+)(lambda p, x: lax.scan(lambda c, w: (c + jnp.tanh(c @ w["u"] + w["b"][None, None]) @ w["v"], None), x, p)[0])
 case("scan_of_scan", {"w": _array(2, L, D, D)}, (X,), {"w": ((2,), (3,), (0, 1))})(
     lambda p, x: lax.scan(lambda c, w: (lax.scan(lambda c, w: (layer(w, c), None), c, w)[0], None), x, p["w"])[0]
 )
-case("scan_constant", SQUARE, (X,), ONE)(lambda p, x: lax.scan(lambda c, _: (layer(p["w"], c), None), x, None, length=3)[0])
-case("scan_carried", SQUARE, (X,), ONE)(lambda p, x: lax.scan(lambda c, _: ((c[0], layer(c[0], c[1])), None), (p["w"], x), None, length=3)[0][1])
+case("scan_constant", SQUARE, (X,), ONE)(
+    lambda p, x: lax.scan(lambda c, _: (layer(p["w"], c), None), x, None, length=3)[0]
+)
+case("scan_carried", SQUARE, (X,), ONE)(
+    lambda p, x: lax.scan(lambda c, _: ((c[0], layer(c[0], c[1])), None), (p["w"], x), None, length=3)[0][1]
+)
 case("map", STACK, (X,), STACKED)(lambda p, x: lax.map(lambda w: jnp.tanh(x @ w), p["w"]))
 case("cond", {"u": _array(D, M), "v": _array(D, M, seed=3)}, (X, jnp.array([True, False])), {"u": MATRIX, "v": MATRIX})(
-    lambda p, x, go: sum(lax.cond(g, lambda x: jnp.tanh(x @ p["u"]), lambda x: x @ p["v"] + jnp.sin(x @ p["u"]), x) for g in go)
+    lambda p, x, go: sum(
+        lax.cond(g, lambda x: jnp.tanh(x @ p["u"]), lambda x: x @ p["v"] + jnp.sin(x @ p["u"]), x) for g in go
+    )
 )
 case("switch", STACK, (X, jnp.int32(1)), STACKED)(
     lambda p, x, i: lax.switch(i, [lambda x: x @ p["w"][0], lambda x: x @ p["w"][1] @ p["w"][3], lambda x: x], x)
@@ -232,12 +276,14 @@ case("grad_inside", {"u": _array(D, M), "v": _array(M, K)}, (X,), {"u": MATRIX, 
     lambda p, x: jax.grad(lambda x: jnp.sin(jnp.tanh(x @ p["u"]) @ p["v"]).sum())(x)
 )
 case("custom_jvp", W, (X,), ONE)(lambda p, x: jax.nn.relu(jax.nn.gelu(x) @ p["w"]))
-case("random_keys", W, (X, jax.random.key(7)), ONE)(lambda p, x, key: jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0.0) @ p["w"])
+case("random_keys", W, (X, jax.random.key(7)), ONE)(
+    lambda p, x, key: jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x, 0.0) @ p["w"]
+)
 case("static_arguments", W, (X, "tanh"), ONE, kwargs={"twice": True})(
     lambda p, x, name, *, twice=False: getattr(jnp, name)(x @ p["w"]) * (2 if twice else 1)
 )
 
-# --- Flax, Equinox -------------------------------------------------------------------------------------------------------------------------
+# --- Flax, Equinox ---------------------------------------------------------------------------------------------------
 
 
 def linen(name: str, module: nn.Module, x: Any, expect: dict[str, Roles], **options: Any) -> None:
@@ -252,7 +298,9 @@ class ScannedNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         block = nn.remat(Block) if self.remat else Block
-        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=L)(name="blocks")(x, None)[0]
+        return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=L)(name="blocks")(
+            x, None
+        )[0]
 
 
 class Block(nn.Module):
@@ -270,16 +318,27 @@ class TiedLM(nn.Module):
 
 linen("linen_dense", nn.Dense(M), X, {"params/kernel": MATRIX})
 linen("linen_bf16", nn.Dense(M, dtype=jnp.bfloat16), X, {"params/kernel": MATRIX}, tol=3e-2)
-linen("linen_attention", nn.MultiHeadDotProductAttention(H, qkv_features=H * K), X, {
-    **{f"params/{n}/kernel": ((0,), (1, 2), ()) for n in ("query", "key", "value")}, "params/out/kernel": ((0, 1), (2,), ())
-})
+linen(
+    "linen_attention",
+    nn.MultiHeadDotProductAttention(H, qkv_features=H * K),
+    X,
+    {
+        **{f"params/{n}/kernel": ((0,), (1, 2), ()) for n in ("query", "key", "value")},
+        "params/out/kernel": ((0, 1), (2,), ()),
+    },
+)
 linen("linen_conv", nn.Conv(M, (3, 2), padding="CIRCULAR", strides=2), IMAGE, {"params/kernel": CONV["w"]})
 linen("linen_causal_conv", nn.Conv(M, (3,), padding="CAUSAL"), X, {"params/kernel": ((0, 1), (2,), ())})
 linen("linen_conv_transpose", nn.ConvTranspose(M, (3, 2), strides=(2, 2)), IMAGE, {"params/kernel": CONV["w"]})
 linen("linen_tied", TiedLM(), IDS, {"params/embed/embedding": MATRIX, "params/mix/kernel": MATRIX})
 linen("linen_scan", ScannedNet(), X, {f"params/blocks/Dense_{i}/kernel": STACKED["w"] for i in (0, 1)})
 linen("linen_scan_remat", ScannedNet(remat=True), X, {f"params/blocks/Dense_{i}/kernel": STACKED["w"] for i in (0, 1)})
-linen("linen_lstm", nn.RNN(nn.LSTMCell(M)), X, {f"params/cell/{g}/kernel": MATRIX for g in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")})
+linen(
+    "linen_lstm",
+    nn.RNN(nn.LSTMCell(M)),
+    X,
+    {f"params/cell/{g}/kernel": MATRIX for g in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")},
+)
 linen("linen_einsum", nn.Einsum((D, H, K), "btd,dhk->bthk", use_bias=False), X, {"params/kernel": ((0,), (1, 2), ())})
 
 
@@ -298,10 +357,18 @@ CASES.append(Case("nnx", _FN, _PARAMS, (X,), {"up/kernel": MATRIX, "down/kernel"
 
 _GRAPH, _STATE = nnx.split(_NET)
 CASES.append(
-    Case("nnx_state", lambda s, x: nnx.merge(_GRAPH, s)(x), _STATE, (X,), {"up/kernel/value": MATRIX, "down/kernel/value": ((0,), (1, 2), ())})
+    Case(
+        "nnx_state",
+        lambda s, x: nnx.merge(_GRAPH, s)(x),
+        _STATE,
+        (X,),
+        {"up/kernel/value": MATRIX, "down/kernel/value": ((0,), (1, 2), ())},
+    )
 )
 
-_ARRAYS, _STATIC = eqx.partition(eqx.filter_eval_shape(eqx.nn.MLP, D, K, M, 2, key=jax.random.key(2)), lambda x: hasattr(x, "shape"))
+_ARRAYS, _STATIC = eqx.partition(
+    eqx.filter_eval_shape(eqx.nn.MLP, D, K, M, 2, key=jax.random.key(2)), lambda x: hasattr(x, "shape")
+)
 _ARRAYS = jax.tree.map(lambda s: _array(*s.shape), _ARRAYS)
 CASES.append(
     Case(

@@ -23,7 +23,11 @@ def net(params, x):
 
 PARAMS = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 7)), "bias": jnp.zeros(7)}
 X = jnp.ones((2, 3))
-RULES = [jlora.LoRA(rank=2, alpha=3, dropout=0.25, targets="up"), jlora.LoRA(rank=1, rslora=True, targets="down"), jlora.Full(targets="bias")]
+RULES = [
+    jlora.LoRA(rank=2, alpha=3, dropout=0.25, targets="up"),
+    jlora.LoRA(rank=1, rslora=True, targets="down"),
+    jlora.Full(targets="bias"),
+]
 
 
 def adapter(seed=0):
@@ -74,7 +78,7 @@ def test_refuses_another_base(folder, other, difference):
 
 
 def test_refuses_to_overwrite_unless_told(folder):
-    with pytest.raises(FileExistsError, match="(?s)already an adapter at .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"(?s)already an adapter at .*overwrite=True"):
         jlora.save(folder, adapter(2))
     same(jlora.load(folder), adapter(1))
     jlora.save(folder, adapter(2), overwrite=True)
@@ -119,7 +123,11 @@ def test_refuses_tracers(tmp_path):
 
 def test_refuses_adapters_of_different_bases(tmp_path):
     other = {"up": jnp.ones((3, 5)), "down": jnp.ones((5, 9)), "bias": jnp.zeros(9)}
-    mixed = adapter() | {"down": jlora.init(jax.random.key(0), other, jlora.sites(net, other, X), jlora.LoRA(rank=1, targets="down"))["down"]}
+    mixed = adapter() | {
+        "down": jlora.init(jax.random.key(0), other, jlora.sites(net, other, X), jlora.LoRA(rank=1, targets="down"))[
+            "down"
+        ]
+    }
     with pytest.raises(ValueError, match="made for 2 different bases"):
         jlora.save(tmp_path / "adapter", mixed)
 

@@ -73,7 +73,10 @@ def programs():
         "formed": (jax.grad(lambda l, p, ids: loss_of(BASE.apply(jlora.merge(p, l), ids), ids)), (lora, params, IDS)),
         "hand": (jax.grad(lambda f, p, ids: loss_of(HAND.apply(p | {"lora": f}, ids), ids)), (factors, params, IDS)),
         "jlora": (jax.grad(lambda l, p, ids: loss_of(apply(p, l, ids), ids)), (lora, params, IDS)),
-        "whole tree": (jax.grad(lambda tree, ids: loss_of(apply(tree["base"], tree["lora"], ids), ids)), ({"base": params, "lora": lora}, IDS)),
+        "whole tree": (
+            jax.grad(lambda tree, ids: loss_of(apply(tree["base"], tree["lora"], ids), ids)),
+            ({"base": params, "lora": lora}, IDS),
+        ),
         "forward": (lambda p, ids: loss_of(BASE.apply(p, ids), ids), (params, IDS)),
     }
 
@@ -85,7 +88,9 @@ def test_gradients_are_those_of_the_hand_written_model(programs):
     for path, adapter in got.items():
         for name in ("a", "b"):
             reference = np.asarray(expected[path.split("/")[1]][name])
-            np.testing.assert_allclose(getattr(adapter, name), reference, atol=2e-5 * np.abs(reference).max(), rtol=1e-4)
+            np.testing.assert_allclose(
+                getattr(adapter, name), reference, atol=2e-5 * np.abs(reference).max(), rtol=1e-4
+            )
 
 
 def test_flops_of_a_gradient_step(programs):
@@ -152,7 +157,9 @@ def test_scan_keeps_the_program_small():
 
     def size(depth):
         params = {"w": jnp.ones((depth, 7, 7))}
-        lora = jlora.init(jax.random.key(0), params, jlora.sites(net, params, jnp.ones((2, 7))), jlora.LoRA(rank=2, targets="w"))
+        lora = jlora.init(
+            jax.random.key(0), params, jlora.sites(net, params, jnp.ones((2, 7))), jlora.LoRA(rank=2, targets="w")
+        )
         return len(str(jax.make_jaxpr(jlora.wrap(net))(params, lora, jnp.ones((2, 7)))).splitlines())
 
     assert size(3) == size(30)
@@ -163,7 +170,12 @@ def test_products_of_the_adapter_branch_are_two_dimensional(programs):
     fn, args = programs["jlora"]
     from measure import equations
 
-    thin = [e for e in equations(jax.make_jaxpr(fn)(*args)) if e.primitive.name == "dot_general" and any(RANK in v.aval.shape for v in (*e.invars, *e.outvars) if v.aval.ndim == 2)]
+    thin = [
+        e
+        for e in equations(jax.make_jaxpr(fn)(*args))
+        if e.primitive.name == "dot_general"
+        and any(RANK in v.aval.shape for v in (*e.invars, *e.outvars) if v.aval.ndim == 2)
+    ]
     assert len(thin) >= 6 * 6 * LAYERS - 6
     assert all(v.aval.ndim == 2 for e in thin for v in (*e.invars, *e.outvars))
 
@@ -195,7 +207,11 @@ def test_init_of_a_7b_shaped_tree_needs_no_base():
 @pytest.mark.parametrize(
     ("shapes", "rank", "count"),
     [
-        ({f"{i}{n}": (3072, m) for i in range(28) for n, m in (("q", 3072), ("v", 1024))}, 32, 9_175_040),  # Llama-3.2-3B
+        (
+            {f"{i}{n}": (3072, m) for i in range(28) for n, m in (("q", 3072), ("v", 1024))},
+            32,
+            9_175_040,
+        ),  # Llama-3.2-3B
         ({f"{i}{n}": (1024, 1024) for i in range(24) for n in "qv"}, 4, 393_216),  # GPT-2 medium
         ({f"{i}{n}": (768, 768) for i in range(12) for n in "qv"}, 8, 294_912),  # RoBERTa-base
         ({"w": (1024, 1024)}, 8, 16_384),
@@ -204,6 +220,10 @@ def test_init_of_a_7b_shaped_tree_needs_no_base():
 )
 def test_counts_of_trained_parameters(shapes, rank, count):
     params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-    sites = jlora.sites(lambda p, x: [x[: w.shape[0]] @ w for w in p.values()], params, jax.ShapeDtypeStruct((4096,), jnp.float32))
-    lora = jax.eval_shape(lambda key: jlora.init(key, params, sites, jlora.LoRA(rank=rank, targets=".*")), jax.random.key(0))
+    sites = jlora.sites(
+        lambda p, x: [x[: w.shape[0]] @ w for w in p.values()], params, jax.ShapeDtypeStruct((4096,), jnp.float32)
+    )
+    lora = jax.eval_shape(
+        lambda key: jlora.init(key, params, sites, jlora.LoRA(rank=rank, targets=".*")), jax.random.key(0)
+    )
     assert sum(x.size for x in jax.tree.leaves(lora)) == count

@@ -15,7 +15,13 @@ X = jnp.ones((N, D))
 
 
 def adapted(fn, params, args, rate=0.5, targets=".*"):
-    rule = jlora.LoRA(rank=D, alpha=D, targets=targets, dropout=rate, init_a=lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(D), shape).astype(dtype))
+    rule = jlora.LoRA(
+        rank=D,
+        alpha=D,
+        targets=targets,
+        dropout=rate,
+        init_a=lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(D), shape).astype(dtype),
+    )
     lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, *args), rule)
     eye = {path: jnp.broadcast_to(jnp.eye(D), adapter.b.shape) for path, adapter in lora.items()}
     lora = {path: type(adapter)(**{**vars(adapter), "b": eye[path]}) for path, adapter in lora.items()}
@@ -60,9 +66,14 @@ PROGRAMS = {
         lambda p, x: lax.scan(jax.checkpoint(lambda c, w: (c, x @ w)), 0.0, p["w"])[1],
         {"w": jnp.zeros((2, D, D))},
     ),
-    "turns of a scan over a constant": (lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0.0, None, length=2)[1], {"w": 0 * W}),
+    "turns of a scan over a constant": (
+        lambda p, x: lax.scan(lambda c, _: (c, x @ p["w"]), 0.0, None, length=2)[1],
+        {"w": 0 * W},
+    ),
     "turns of a while loop": (
-        lambda p, x: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1].at[s[0]].set(x @ p["w"])), (0, jnp.zeros((2, N, D))))[1],
+        lambda p, x: lax.while_loop(
+            lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1].at[s[0]].set(x @ p["w"])), (0, jnp.zeros((2, N, D)))
+        )[1],
         {"w": 0 * W},
     ),
     "layers picked from a stack": (lambda p, x: jnp.stack([x @ p["w"][0], x @ p["w"][1]]), {"w": jnp.zeros((2, D, D))}),
@@ -86,12 +97,17 @@ def test_gradient_uses_the_mask_of_the_forward_pass():
     np.testing.assert_allclose(grad, 2.0 * kept(y, 0.0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_grouped", "lookup", "tied", "experts", "linen_scan_remat", "cond", "scan_of_scan", "chosen_layer"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv", "conv_grouped", "lookup", "tied", "experts", "linen_scan_remat", "cond", "scan_of_scan", "chosen_layer"],
+)
 def test_every_kind_of_use_takes_dropout(name):
     case = BY_NAME[name]
     rule = jlora.LoRA(rank=case.rank, alpha=3.0, targets=list(case.expect), dropout=0.5)
     lora = jlora.init(jax.random.key(0), case.params, case.sites(), rule)
-    lora = jax.tree.map(lambda x, y: y, lora, jax.tree.unflatten(jax.tree.structure(lora), jax.tree.leaves(case.trained())))
+    lora = jax.tree.map(
+        lambda x, y: y, lora, jax.tree.unflatten(jax.tree.structure(lora), jax.tree.leaves(case.trained()))
+    )
     apply = jax.jit(lambda l, key: jlora.wrap(case.fn)(case.params, l, *case.args, dropout_key=key))
     first, again, other = (jax.tree.leaves(apply(lora, key))[0] for key in (KEY, KEY, jax.random.key(3)))
     off = jax.tree.leaves(apply(lora, None))[0]

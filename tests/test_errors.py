@@ -31,7 +31,7 @@ def init(*rules):
     return jlora.init(KEY, PARAMS, SITES, list(rules))
 
 
-# --- rules ---------------------------------------------------------------------------------------------------------------------------
+# --- rules -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, "8", True, None])
@@ -80,7 +80,9 @@ def test_invalid_regular_expression():
 
 @pytest.mark.parametrize("targets", ["mlp/dwon/kernel", ["mlp/up/kernel", "mlp/dwon/kernel"]])
 def test_target_that_matches_nothing_names_the_nearest(targets):
-    with pytest.raises(ValueError, match=r"(?s)No parameter matches target 'mlp/dwon/kernel'.*nearest: mlp/down/kernel.*whole path"):
+    with pytest.raises(
+        ValueError, match=r"(?s)No parameter matches target 'mlp/dwon/kernel'.*nearest: mlp/down/kernel.*whole path"
+    ):
         init(jlora.LoRA(rank=1, targets=targets))
 
 
@@ -107,12 +109,17 @@ def test_all_linear_without_any_weight():
 
 
 def test_rule_that_earlier_rules_shadow():
-    with pytest.raises(ValueError, match=r"(?s)Earlier rules took every match of LoRA\(targets='head/kernel'\).*head/kernel"):
+    with pytest.raises(
+        ValueError, match=r"(?s)Earlier rules took every match of LoRA\(targets='head/kernel'\).*head/kernel"
+    ):
         init(jlora.LoRA(rank=1, targets=".*(up|down|head)/kernel"), jlora.LoRA(rank=2, targets="head/kernel"))
 
 
 def test_rank_above_the_smaller_side():
-    with pytest.raises(ValueError, match=r"(?s)Rank 4 is above 3, the smaller side of 'mlp/up/kernel' \(3, 5\).*LoRA\(rank=3, targets='mlp/up/kernel'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)Rank 4 is above 3, the smaller side of 'mlp/up/kernel' \(3, 5\).*LoRA\(rank=3, targets='mlp/up/kernel'\)",
+    ):
         init(jlora.LoRA(rank=4, targets="mlp/.*/kernel"))
 
 
@@ -124,7 +131,10 @@ def test_targets_without_effect():
 
 
 def test_lora_on_a_bias_names_the_operation_and_line():
-    with pytest.raises(ValueError, match=r"(?s)'mlp/up/bias' \(5,\) cannot be adapted: all of it is needed by add at .*test_errors.py:\d+ \(net\).*Full rule"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)'mlp/up/bias' \(5,\) cannot be adapted: all of it is needed by add at .*test_errors.py:\d+ \(net\).*Full rule",
+    ):
         init(jlora.LoRA(rank=1, targets="mlp/up/.*"))
 
 
@@ -140,7 +150,7 @@ def test_init_a_of_a_wrong_shape():
         init(jlora.LoRA(rank=1, targets="mlp/up/kernel", init_a=lambda key, shape, dtype: jnp.ones(3)))
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_arguments_in_another_order():
@@ -196,25 +206,30 @@ def test_unknown_path_of_sites():
         SITES["mlp/up/bias"]
 
 
-# --- another base -----------------------------------------------------------------------------------------------------------------------
+# --- another base ----------------------------------------------------------------------------------------------------
 
 
 def test_adapter_on_another_base():
     lora = init(jlora.LoRA(rank=1, targets="mlp/.*/kernel"))
     renamed = {"mlp": {"up": PARAMS["mlp"]["up"], "dwon": PARAMS["mlp"]["down"]}, "head": PARAMS["head"]}
     wider = jax.tree.map(lambda x: jnp.ones(tuple(2 * n for n in x.shape)), PARAMS)
-    for call in (lambda p: jlora.wrap(net)(p, lora, X), lambda p: jlora.merge(p, lora), lambda p: jlora.summary(p, lora), lambda p: jlora.delta(lora, p)):
-        with pytest.raises(ValueError, match=r"another base: there is no leaf 'mlp/down/kernel'.*\n.*nearest: mlp/dwon/kernel") as raised:
-            if call(renamed):
-                pass
-        del raised
+    for call in (
+        lambda p: jlora.wrap(net)(p, lora, X),
+        lambda p: jlora.merge(p, lora),
+        lambda p: jlora.summary(p, lora),
+        lambda p: jlora.delta(lora, p),
+    ):
+        with pytest.raises(ValueError, match=r"(?s)there is no leaf 'mlp/down/kernel'.*nearest: mlp/dwon/kernel"):
+            call(renamed)
     for call in (lambda p: jlora.merge(p, lora), lambda p: jlora.summary(p, lora)):
         with pytest.raises(ValueError, match=r"'mlp/down/kernel' has shape \(10, 14\), the adapter is for \(5, 7\)"):
             call(wider)
 
 
 def test_sites_of_other_parameters():
-    with pytest.raises(ValueError, match=r"found for other parameters: 'spare/kernel' is \(3, 4\) float32, not \(3, 3\) float32"):
+    with pytest.raises(
+        ValueError, match=r"found for other parameters: 'spare/kernel' is \(3, 4\) float32, not \(3, 3\) float32"
+    ):
         jlora.init(KEY, PARAMS | {"spare": {"kernel": jnp.ones((3, 4))}}, SITES, jlora.LoRA(rank=1))
     with pytest.raises(ValueError, match=r"found for other parameters: 'spare/kernel' .* is missing"):
         jlora.init(KEY, {k: v for k, v in PARAMS.items() if k != "spare"}, SITES, jlora.LoRA(rank=1))
@@ -224,7 +239,9 @@ def test_sites_of_other_parameters():
 
 def test_adapter_that_this_call_does_not_use():
     lora = init(jlora.LoRA(rank=1, targets="mlp/.*/kernel"))
-    with pytest.raises(ValueError, match=r"would have no effect: this call uses none of mlp/down/kernel, mlp/up/kernel"):
+    with pytest.raises(
+        ValueError, match=r"would have no effect: this call uses none of mlp/down/kernel, mlp/up/kernel"
+    ):
         jlora.wrap(lambda p, x: x @ p["spare"]["kernel"])(PARAMS, lora, X)
     with pytest.raises(ValueError, match="The adapter is empty: it would have no effect"):
         jlora.wrap(net)(PARAMS, {}, X)
@@ -243,7 +260,7 @@ def test_delta_of_a_full_leaf_needs_the_base():
     np.testing.assert_array_equal(jlora.delta(lora, PARAMS)["mlp/up/bias"], np.zeros(5))
 
 
-# --- weights that go dense ------------------------------------------------------------------------------------------------------------
+# --- weights that go dense -------------------------------------------------------------------------------------------
 
 
 @jax.custom_vjp
@@ -252,7 +269,6 @@ def opaque(x, w):
 
 
 opaque.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
-
 
 
 def windows(w):
@@ -289,7 +305,9 @@ def test_dense_weight_is_refused_or_right(name):
         jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="w"))
     lora = jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="w", allow_dense=True))
     lora = jax.tree.map(lambda x: x + 0.5, lora)
-    with pytest.raises(jlora.DenseWeightError, match=rf"(?s)'w' would have to be made dense.*operation: .*{operation}.*dense=\"allow\""):
+    with pytest.raises(
+        jlora.DenseWeightError, match=rf"(?s)'w' would have to be made dense.*operation: .*{operation}.*dense=\"allow\""
+    ):
         jlora.wrap(fn)(params, lora, X)
     got = jlora.wrap(fn, dense="allow")(params, lora, X)
     expected = fn(jlora.merge(params, lora), X)

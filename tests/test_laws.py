@@ -26,13 +26,17 @@ def total(out) -> jax.Array:
 def test_discovery_finds_roles(case: Case):
     found = case.sites()
     assert {path: (s.inputs, s.outputs, s.batch) for path, s in found.items()} == case.expect
-    assert {*found, *found.skipped} == {jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in jax.tree.leaves_with_path(case.params)}
+    assert {*found, *found.skipped} == {
+        jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in jax.tree.leaves_with_path(case.params)
+    }
 
 
 @every
 def test_fresh_adapter_is_the_identity_bit_for_bit(case: Case):
     jit = jax.jit if case.exact_in_jit else lambda f: f
-    got = jit(lambda p, lora, *a: jlora.wrap(case.fn)(p, lora, *a, *_static(case), **case.kwargs))(case.params, case.fresh(), *_dynamic(case))
+    got = jit(lambda p, lora, *a: jlora.wrap(case.fn)(p, lora, *a, *_static(case), **case.kwargs))(
+        case.params, case.fresh(), *_dynamic(case)
+    )
     expected = jit(lambda p, *a: case.fn(p, *a, *_static(case), **case.kwargs))(case.params, *_dynamic(case))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
@@ -49,7 +53,9 @@ def test_apply_equals_merge_then_base(case: Case):
     base = case.fn(case.params, *case.args, **case.kwargs)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     close(got, expected, case.tol)
-    change = max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(base), strict=True))
+    change = max(
+        float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(base), strict=True)
+    )
     assert change > 10 * case.tol, "the adapter of this row changes too little for the comparison to mean anything"
 
 
@@ -66,7 +72,9 @@ def test_gradients_are_those_of_the_dense_update(case: Case):
 def test_gradient_program_computes_nothing_of_a_kernels_shape(case: Case):
     sites, lora = case.sites(), case.trained()
     # Inside a scan a stacked kernel has the shape of one layer.
-    shapes = {s.shape for s in sites.values()} | {tuple(s.shape[d] for d in range(len(s.shape)) if d not in s.batch) for s in sites.values()}
+    shapes = {s.shape for s in sites.values()} | {
+        tuple(s.shape[d] for d in range(len(s.shape)) if d not in s.batch) for s in sites.values()
+    }
     shapes = {s for s in shapes if sum(n > 1 for n in s) > 1}
 
     def loss(lora, params, *args):
@@ -79,7 +87,9 @@ def test_gradient_program_computes_nothing_of_a_kernels_shape(case: Case):
     allowed = computed_values(jax.make_jaxpr(base)(case.params, *_dynamic(case)), shapes)
     assert got <= allowed
     # The count can fail: forming the update in the step makes such values.
-    dense = jax.make_jaxpr(jax.grad(lambda lora, p, *a: base(jlora.merge(p, lora), *a)))(lora, case.params, *_dynamic(case))
+    dense = jax.make_jaxpr(jax.grad(lambda lora, p, *a: base(jlora.merge(p, lora), *a)))(
+        lora, case.params, *_dynamic(case)
+    )
     assert computed_values(dense, shapes) > allowed or not shapes
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, X, D, M
+from cases import BY_NAME, D, M, X
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ IDS = jnp.array([[1, 2, 3]])
 PARAMS = Net().init(jax.random.key(0), IDS)
 
 
-# --- discovery ---------------------------------------------------------------------------------------------------------------------------
+# --- discovery -------------------------------------------------------------------------------------------------------
 
 
 def test_table_names_every_leaf():
@@ -57,7 +57,9 @@ def test_table_names_every_leaf():
 def test_shapes_are_enough():
     shapes = jax.eval_shape(lambda: PARAMS)
     found = jlora.sites(Net().apply, shapes, jax.ShapeDtypeStruct((1, 3), jnp.int32), train=False)
-    assert {p: s.inputs for p, s in found.items()} == {p: s.inputs for p, s in jlora.sites(Net().apply, PARAMS, IDS).items()}
+    assert {p: s.inputs for p, s in found.items()} == {
+        p: s.inputs for p, s in jlora.sites(Net().apply, PARAMS, IDS).items()
+    }
 
 
 def test_all_linear_takes_everything_but_heads_and_tables():
@@ -73,7 +75,10 @@ def test_all_linear_takes_everything_but_heads_and_tables():
         (lambda p, x: jax.nn.log_softmax(jnp.tanh(x @ p["a"]) @ p["b"]), {"b"}),
         (lambda p, x: (jnp.tanh(x @ p["a"]) @ p["b"], jnp.tanh(x @ p["a"]) @ p["c"]), {"b", "c"}),
         (lambda p, x: x @ p["a"] + jnp.tanh(x @ p["b"]), set()),  # a residual stream, no head
-        (lambda p, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["a"]), None), x, None, length=2)[0], set()),  # feeds itself
+        (
+            lambda p, x: jax.lax.scan(lambda c, _: (jnp.tanh(c @ p["a"]), None), x, None, length=2)[0],
+            set(),
+        ),  # feeds itself
         (lambda p, x: -jnp.log(jax.nn.sigmoid(jnp.tanh(x @ p["a"]) @ p["b"])).mean(), {"b"}),  # a loss
     ],
 )
@@ -83,7 +88,7 @@ def test_output_heads(fn, heads):
     assert {path for path, site in sites.items() if site.head} == heads
 
 
-# --- initial values ------------------------------------------------------------------------------------------------------------------------
+# --- initial values --------------------------------------------------------------------------------------------------
 
 
 def init(rules, params=PARAMS, key=0):
@@ -91,7 +96,13 @@ def init(rules, params=PARAMS, key=0):
 
 
 def test_first_rule_wins_and_full_copies_the_leaf():
-    lora = init([jlora.LoRA(rank=1, targets=".*up/kernel"), jlora.Full(targets=".*bias"), jlora.LoRA(rank=3, targets=".*/kernel")])
+    lora = init(
+        [
+            jlora.LoRA(rank=1, targets=".*up/kernel"),
+            jlora.Full(targets=".*bias"),
+            jlora.LoRA(rank=3, targets=".*/kernel"),
+        ]
+    )
     assert {p: getattr(a, "rank", "full") for p, a in lora.items()} == {
         "params/up/kernel": 1, "params/mix/bias": "full", "params/norm/bias": "full", "params/up/bias": "full", "params/mix/kernel": 3,
     }  # fmt: skip
@@ -100,7 +111,7 @@ def test_first_rule_wins_and_full_copies_the_leaf():
 
 def test_adding_a_target_changes_no_other_start():
     some = init(jlora.LoRA(rank=2, targets=".*up/kernel"))
-    more = init(jlora.LoRA(rank=2, targets=".*"  "(up|mix)/kernel"))
+    more = init(jlora.LoRA(rank=2, targets=".*(up|mix)/kernel"))
     np.testing.assert_array_equal(some["params/up/kernel"].a, more["params/up/kernel"].a)
     assert (more["params/up/kernel"].a[:2] != more["params/mix/kernel"].a[:2]).all()
     assert (some["params/up/kernel"].a != init(jlora.LoRA(rank=2), key=1)["params/up/kernel"].a).any()
@@ -121,10 +132,17 @@ def test_bounds_and_dtypes():
     assert np.std(a) == pytest.approx(1 / 64 / np.sqrt(3), rel=0.02)
     assert 0.9 < np.abs(np.asarray(uniform["e"].a)).max() <= 1.0  # a lookup sums over one row
     assert not np.asarray(uniform["w"].b).any()
-    normal = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w", init_a="normal", dtype=jnp.bfloat16))
+    normal = jlora.init(
+        jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w", init_a="normal", dtype=jnp.bfloat16)
+    )
     assert normal["w"].a.dtype == jnp.bfloat16
     assert np.std(np.asarray(normal["w"].a, np.float32)) == pytest.approx(1 / 64, rel=0.03)
-    ones = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w", init_a=lambda key, shape, dtype: jnp.ones(shape, dtype)))
+    ones = jlora.init(
+        jax.random.key(0),
+        params,
+        sites,
+        jlora.LoRA(rank=8, targets="w", init_a=lambda key, shape, dtype: jnp.ones(shape, dtype)),
+    )
     assert (ones["w"].a == 1).all()
 
 
@@ -134,7 +152,7 @@ def test_scales():
     assert (jlora.LoRA().rank, jlora.LoRA().alpha, jlora.LoRA().dropout) == (16, 32.0, 0.0)
 
 
-# --- merging -----------------------------------------------------------------------------------------------------------------------------
+# --- merging ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -158,7 +176,9 @@ def test_merge_reports_what_rounding_lost():
         node = path.split("/")[1]
         base = np.asarray(params["params"][node]["kernel"], np.float64)
         stored = np.asarray(merged["params"][node]["kernel"], np.float64)
-        assert float(lost[path]) == pytest.approx(np.linalg.norm(stored - base - update) / np.linalg.norm(update), rel=1e-3)
+        assert float(lost[path]) == pytest.approx(
+            np.linalg.norm(stored - base - update) / np.linalg.norm(update), rel=1e-3
+        )
         assert 0.01 < float(lost[path]) < 1
         assert float(none[path]) < 1e-5
         assert wide["params"][node]["kernel"].dtype == jnp.float32
@@ -167,7 +187,9 @@ def test_merge_reports_what_rounding_lost():
 def test_delta_is_the_difference_of_merging():
     case = BY_NAME["scan_of_scan"]
     lora = case.trained()
-    np.testing.assert_allclose(jlora.delta(lora)["w"], jlora.merge(case.params, lora)["w"] - case.params["w"], atol=1e-5)
+    np.testing.assert_allclose(
+        jlora.delta(lora)["w"], jlora.merge(case.params, lora)["w"] - case.params["w"], atol=1e-5
+    )
 
 
 def test_summary_counts():
@@ -179,7 +201,7 @@ def test_summary_counts():
     assert text == jlora.summary(jax.eval_shape(lambda: PARAMS), lora)
 
 
-# --- shardings ---------------------------------------------------------------------------------------------------------------------------
+# --- shardings -------------------------------------------------------------------------------------------------------
 
 
 def test_shardings_follow_the_base():
@@ -202,7 +224,7 @@ def test_shardings_follow_the_base():
     with pytest.raises(ValueError, match="has no sharding"):
         jlora.shardings(lora, jax.tree.map(lambda x: 3, case.params))
     one = jlora.shardings(lora, case.params)
-    assert {s for s in jax.tree.leaves(one)} == {jax.tree.leaves(case.params)[0].sharding}
+    assert set(jax.tree.leaves(one)) == {jax.tree.leaves(case.params)[0].sharding}
 
 
 SHARDED = """
@@ -259,11 +281,13 @@ SHARDED = """
 def test_automatic_and_explicit_meshes(tmp_path):
     """On eight CPU devices: factors born split, the same numbers in both modes, merged leaves placed as the base."""
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    child = subprocess.run([sys.executable, "-c", textwrap.dedent(SHARDED)], capture_output=True, text=True, env=env, cwd=tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED)], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
     assert child.stdout.strip().endswith("agree"), child.stderr[-3000:]
 
 
-# --- NNX -----------------------------------------------------------------------------------------------------------------------------------
+# --- NNX -------------------------------------------------------------------------------------------------------------
 
 
 class Noisy(nnx.Module):
@@ -296,13 +320,18 @@ def test_nnx_round_trip():
 
 def test_nnx_state_that_changes_is_not_lost():
     fn, params = jlora.nnx.split(Noisy(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match=r"The call changes '(norm/mean|drop/rngs/count)\S*', which a pure function cannot.*\n.*mutable=True"):
+    with pytest.raises(
+        ValueError,
+        match=r"The call changes '(norm/mean|drop/rngs/count)\S*', which a pure function cannot.*\n.*mutable=True",
+    ):
         fn(params, X)
     out, state = fn(params, X, mutable=True)
     assert not any((x is y) for x, y in [(jax.tree.leaves(state)[0], jax.tree.leaves(fn.state)[0])])
     second, _ = fn(params, X, mutable=True, state=state)
     assert (out != second).any()
-    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, X, mutable=True), jlora.LoRA(rank=2, targets="lin/kernel"))
+    lora = jlora.init(
+        jax.random.key(0), params, jlora.sites(fn, params, X, mutable=True), jlora.LoRA(rank=2, targets="lin/kernel")
+    )
     adapted, _ = jlora.wrap(fn)(params, lora, X, mutable=True)
     np.testing.assert_allclose(adapted, out, rtol=1e-6)
     module = jlora.nnx.merge(fn, params, state)
@@ -316,7 +345,7 @@ def test_nnx_wrong_arguments():
         jlora.nnx.merge(lambda p: p, {})
 
 
-# --- properties ------------------------------------------------------------------------------------------------------------------------------
+# --- properties ------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -365,7 +394,9 @@ NAMES = [*jlora.sites(Net().apply, PARAMS, IDS)]
 def test_targets_choose_exactly_what_they_name(paths, rank, by_predicate):
     sites = jlora.sites(Net().apply, PARAMS, IDS)
     targets = (lambda site: site.path in paths) if by_predicate else "|".join(sorted(paths))
-    lora = jax.eval_shape(lambda key: jlora.init(key, PARAMS, sites, jlora.LoRA(rank=rank, targets=targets)), jax.random.key(0))
+    lora = jax.eval_shape(
+        lambda key: jlora.init(key, PARAMS, sites, jlora.LoRA(rank=rank, targets=targets)), jax.random.key(0)
+    )
     assert set(lora) == paths
     for path, adapter in lora.items():
         assert adapter.rank == rank
@@ -378,8 +409,8 @@ def test_import_is_light():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
-        jlora.nope  # noqa: B018
-    public = [name for name in vars(jlora) if not name.startswith("_") and name not in ("importlib", "TYPE_CHECKING", "nnx")]
+        jlora.nope
+    public = [
+        name for name in vars(jlora) if not name.startswith("_") and name not in ("importlib", "TYPE_CHECKING", "nnx")
+    ]
     assert len(public) <= 24
-
-

@@ -1,6 +1,5 @@
 """Training with the real optax and orbax: masks, frozen optimisers, checkpoints, resuming."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -70,8 +69,15 @@ def test_labels_and_trainable():
     [
         optax.masked(optax.adamw(1e-2), jlora.trainable),
         jlora.freeze(optax.adamw(1e-2)),
-        jlora.freeze(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1))),
-        optax.partition({"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.sgd(1e-2), "frozen": optax.set_to_zero()}, jlora.labels),
+        jlora.freeze(
+            optax.chain(
+                optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1)
+            )
+        ),
+        optax.partition(
+            {"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.sgd(1e-2), "frozen": optax.set_to_zero()},
+            jlora.labels,
+        ),
         optax.MultiSteps(jlora.freeze(optax.adam(1e-2)), every_k_schedule=2),
     ],
     ids=["masked", "freeze", "chain", "partition", "multi_steps"],
@@ -81,7 +87,9 @@ def test_optimisers_train_the_adapter_and_leave_the_base(tx):
     tree, _ = train(tx, steps=20)
     assert float(tree_loss(tree)) < 0.9 * before
     jax.tree.map(np.testing.assert_array_equal, tree["base"], PARAMS)
-    assert all(bool((x != y).any()) for x, y in zip(jax.tree.leaves(tree["lora"]), jax.tree.leaves(fresh()), strict=True))
+    assert all(
+        bool((x != y).any()) for x, y in zip(jax.tree.leaves(tree["lora"]), jax.tree.leaves(fresh()), strict=True)
+    )
 
 
 def test_frozen_base_has_no_optimiser_state():
@@ -110,7 +118,7 @@ def test_base_gradients_are_stopped_unless_asked_for():
     chex.assert_trees_all_close(got["down"], expected["down"], rtol=1e-5)
 
 
-# --- checkpoints of a training run -----------------------------------------------------------------------------------------------------
+# --- checkpoints of a training run -----------------------------------------------------------------------------------
 
 
 def steps_of(lora, state, tx, first, last):
@@ -137,7 +145,9 @@ def test_checkpoint_manager_keeps_adapter_optimiser_and_step(tmp_path):
         for stop in (2, 4, 6):
             lora, state = steps_of(lora, state, tx, stop - 2, stop)
             train = ocp.args.StandardSave({"lora": lora, "opt": state})
-            manager.save(stop, args=ocp.args.Composite(train=train, about=ocp.args.JsonSave(jlora.describe(lora, step=stop))))
+            manager.save(
+                stop, args=ocp.args.Composite(train=train, about=ocp.args.JsonSave(jlora.describe(lora, step=stop)))
+            )
         manager.wait_until_finished()
         assert sorted(manager.all_steps()) == [4, 6]
 
@@ -158,7 +168,10 @@ def test_checkpoint_manager_keeps_adapter_optimiser_and_step(tmp_path):
 
 
 def test_only_adapter_bytes_are_written(tmp_path):
-    params = {"w": jnp.asarray(RNG.standard_normal((1024, 1024)), jnp.float32), "v": jnp.asarray(RNG.standard_normal((1024, 1024)), jnp.float32)}
+    params = {
+        "w": jnp.asarray(RNG.standard_normal((1024, 1024)), jnp.float32),
+        "v": jnp.asarray(RNG.standard_normal((1024, 1024)), jnp.float32),
+    }
     sites = jlora.sites(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, jnp.ones((2, 1024)))
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=4, targets=".*"))
     lora = jax.tree.map(lambda x: jnp.asarray(RNG.standard_normal(x.shape), x.dtype), lora)

@@ -1,0 +1,131 @@
+"""What the benchmarks measure, and how: times in turns, XLA's own counts of a compiled program, values made in a jaxpr.
+
+Nothing here knows about adapters. Every time comes back as its raw samples, so that a reader can judge the noise.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+Samples = dict[str, list[float]]
+
+
+def stages(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[str, float], Any]:
+    """Seconds to trace, lower and compile ``fn(*args)`` with JAX's caches empty, and the compiled program."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    traced = jax.jit(fn).trace(*args)
+    after_trace = time.perf_counter()
+    lowered = traced.lower()
+    after_lower = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    return {"trace": after_trace - start, "lower": after_lower - after_trace, "compile": end - after_lower}, compiled
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> Samples:
+    """Seconds of each run in each round, warm-up apart.
+
+    One run of each per round, so that a slow minute of the machine falls on all alike. Each round starts with another.
+    """
+    samples: Samples = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
+    names = list(runs)
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            jax.block_until_ready(runs[name]())
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def flops(compiled: Any) -> float:
+    """Flops of a compiled program, as XLA counts them."""
+    return compiled.cost_analysis()["flops"]
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes of a compiled program's temporaries and of its results; its arguments not counted."""
+    analysis = compiled.memory_analysis()
+    return {"temporaries": analysis.temp_size_in_bytes, "results": analysis.output_size_in_bytes}
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a program and of the programs inside it, but for those that only hold one."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        inner = list(core.jaxprs_in_params(eqn.params))
+        for sub in inner:
+            yield from equations(sub)
+        if not inner:
+            yield eqn
+
+
+def created(fn: Callable[..., Any], args: tuple[Any, ...], shapes: Iterable[tuple[int, ...]]) -> int:
+    """How many float arrays of one of ``shapes``, in either order of the axes, the program of ``fn(*args)`` makes.
+
+    Views count, since nothing promises that XLA makes them free. ``stop_gradient`` does not: it is the identity.
+    """
+    wanted = {tuple(sorted(shape)) for shape in shapes}
+    return sum(
+        tuple(sorted(v.aval.shape)) in wanted and jnp.issubdtype(v.aval.dtype, jnp.floating)
+        for eqn in equations(jax.make_jaxpr(fn)(*args))
+        if eqn.primitive.name != "stop_gradient"
+        for v in eqn.outvars
+    )
+
+
+def relative_difference(tree: Any, other: Any) -> float:
+    """The largest difference of two trees of arrays, each leaf relative to its largest entry."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in pairs)
+
+
+def environment() -> dict[str, Any]:
+    """Date, machine and versions: what a number means nothing without."""
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "devices": [device.device_kind for device in jax.devices()],
+            "load at start": os.getloadavg() if hasattr(os, "getloadavg") else None,
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _cpu() -> str:
+    # The model name alone can be as vague as "Intel Xeon Processor"; family and model number identify it.
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            info = dict(line.split(":", 1) for line in lines.read().split("\n\n")[0].splitlines() if ":" in line)
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = {key.strip(): value.strip() for key, value in info.items()}
+    return f"{facts.get('model name', 'unknown')} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

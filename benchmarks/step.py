@@ -254,7 +254,8 @@ def relative(way: dict[str, Any], other: dict[str, Any]) -> list[float]:
 
 
 def progress(message: str) -> None:
-    print(f"\r{message:60}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{message:60}", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -86,9 +86,7 @@ def test_divergence_stops_and_says_where(tmp_path):
 def test_damaged_download_is_named(tmp_path):
     cache = tmp_path / "cache"
     env = os.environ | {"JLORA_CACHE": str(cache)}
-    code = "import sys; sys.path.insert(0, {!r}); import assets; assets.load_glassllm()".format(
-        str(Path(SCRIPT).parent)
-    )
+    code = f"import sys; sys.path.insert(0, {str(Path(SCRIPT).parent)!r}); import assets; assets.load_glassllm()"
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
     file = next(p for p in cache.rglob("en.npz"))
     file.write_bytes(file.read_bytes()[:-1])

@@ -130,6 +130,32 @@ def test_save_then_load_is_the_identity(case: Case, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
+def test_order_of_calls_does_not_matter():
+    """Nothing global changes: base before adapter, adapter before base, and unrelated compiled code afterwards."""
+    case = next(c for c in CASES if c.name == "linen_attention")
+    unrelated = jax.jit(lambda w, x: jnp.sin(x @ w))
+    weight, x = jnp.ones((5, 7)), jnp.ones((3, 5))
+    base, apply = jax.jit(case.fn), jax.jit(jlora.wrap(case.fn))
+
+    def everything(order: str) -> dict:
+        calls = {
+            "base": lambda: base(case.params, *case.args),
+            "adapted": lambda: apply(case.params, case.trained(), *case.args),
+            "unrelated": lambda: unrelated(weight, x),
+        }
+        return {name: calls[name]() for name in order.split()}
+
+    orders = ["base adapted unrelated", "adapted base unrelated", "unrelated adapted base", "base unrelated adapted"]
+    results = []
+    for order in orders:
+        jax.clear_caches()
+        results.append(everything(order))
+    for result in results[1:]:
+        for name, value in results[0].items():
+            np.testing.assert_array_equal(result[name], value)
+    assert unrelated._cache_size() == 1
+
+
 def _dynamic(case: Case) -> list:
     return [x for x in case.args if not isinstance(x, str)]
 

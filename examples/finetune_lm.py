@@ -184,7 +184,7 @@ def train(args, model, params, train_windows, held_out) -> tuple[dict, History]:
         if manager.latest_step() is None:
             history = History(before=perplexity(model, params, held_out, "Held-out perplexity of the base"))
         else:
-            state, history = restore(manager, state)
+            state, history = restore(manager, optimizer, params)
             console.print(f"[green]Resumed[/] {args.out} after step {len(history.losses)} of {args.steps}.")
         if len(history.losses) < args.steps:
             step = train_step(jlora.wrap(model.apply), optimizer)
@@ -224,17 +224,19 @@ def train_on(args, manager, step, params, state, history, windows):
 
 
 def save(manager: ocp.CheckpointManager, state: dict, history: History) -> None:
-    """Writes a checkpoint, in the background."""
-    arrays, numbers = ocp.args.StandardSave(state), ocp.args.JsonSave(dataclasses.asdict(history))
-    manager.save(len(history.losses), args=ocp.args.Composite(state=arrays, history=numbers))
+    """Writes a checkpoint, in the background: the arrays, and what they mean."""
+    about = ocp.args.JsonSave({"adapter": jlora.describe(state["lora"]), "history": dataclasses.asdict(history)})
+    manager.save(len(history.losses), args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
 
 
-def restore(manager: ocp.CheckpointManager, like: dict) -> tuple[dict, History]:
-    """Reads the last checkpoint into the structure of ``like``."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore())
-    found = manager.restore(manager.latest_step(), args=items)
-    return found.state, History(**found.history)
+def restore(manager: ocp.CheckpointManager, optimizer: optax.GradientTransformation, params) -> tuple[dict, History]:
+    """Reads the last checkpoint; refuses one that was made for another base."""
+    step = manager.latest_step()
+    about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    lora = jlora.restore_target(about["adapter"], params)
+    abstract = ocp.args.StandardRestore({"lora": lora, "opt": jax.eval_shape(optimizer.init, lora)})
+    state = manager.restore(step, args=ocp.args.Composite(state=abstract)).state
+    return state, History(**about["history"])
 
 
 def diverged(args, manager: ocp.CheckpointManager, number: int, loss: float) -> str:

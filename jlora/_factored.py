@@ -132,16 +132,15 @@ class Factored:
             out: Labels of the result.
             shape: Shape of the result.
             use: Number of this use of the leaf in the program, for the dropout key.
-            **how: ``dtype`` of the result and ``precision``; ``spec``, the explicit sharding of the result, or ``None``.
+            **how: ``dtype`` of the result and ``precision``; ``specs``, from ``mesh_axes``.
 
         Returns:
             Array of shape ``shape``.
         """
         x = self.dropout(x, use)
-        dtype, precision, spec = how["dtype"], how.get("precision"), how.get("spec")
+        dtype, precision, specs = how["dtype"], how["precision"], how["specs"]
         compute = _jax.promote(x.dtype, self.w.dtype)
         t, labels, todo = x.astype(compute), x_labels, list(zip(self.parts[:2], self.labels[:2], strict=True))
-        specs = None if spec is None else dict(zip(out, spec, strict=False))
         while todo:
             keep = [set(out).union(*(ls for _, ls in todo[:i] + todo[i + 1 :])) for i in range(len(todo))]
             # The factor that sums away most of the activations goes first: that is what makes the product thin.
@@ -177,9 +176,9 @@ class Factored:
         """The update ``Σ_rank a·b`` as one dense array of the value's shape."""
         (a, b), (la, lb) = self.parts[:2], self.labels[:2]
         dense = tuple(range(len(self.shape)))
-        t, labels = contract(
-            (a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype or _jax.promote(a.dtype, b.dtype), None
-        )
+        specs = mesh_axes((a, la), (b, lb))
+        dtype = dtype or _jax.promote(a.dtype, b.dtype)
+        t, labels = contract((a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype, specs)
         return _arrange(t, labels, dense, self.shape)
 
     def dense(self) -> jax.Array:
@@ -343,6 +342,15 @@ def scale_part(part: jax.Array, labels: Labels, gain: jax.Array) -> jax.Array:
     return part * lax.expand_dims(aligned, [i for i, d in enumerate(labels) if d not in axes])
 
 
-def explicit_spec(*arrays: jax.Array) -> Any:
-    """The explicit sharding among ``arrays``, first found, or ``None`` in automatic mode."""
-    return next((spec for spec in map(_jax.explicit_spec, arrays) if spec is not None), None)
+def mesh_axes(*arrays: tuple[Any, Labels]) -> dict[int, Any] | None:
+    """The mesh axes of each label under explicit sharding, from arrays and their labels; ``None`` if nothing is split explicitly."""
+    found = [(_jax.explicit_spec(x), labels) for x, labels in arrays]
+    if all(spec is None for spec, _ in found):
+        return None
+    return {
+        d: axis
+        for spec, labels in found
+        if spec is not None
+        for d, axis in zip(labels, spec, strict=False)
+        if d != RANK
+    }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Factored, Labels, contract, explicit_spec, reshape_groups, scale_part
+from jlora._factored import RANK, Factored, Labels, contract, mesh_axes, reshape_groups, scale_part
 
 Flow = list[Labels]
 Eqn = Any
@@ -287,9 +287,9 @@ def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> lis
     x_free = [d for i, d in enumerate(x_labels) if i not in met]
     w_free = [d for d in range(len(f.shape)) if d not in met.values()]
     out = (*batch[position], *(w_free + x_free if position == 0 else x_free + w_free))
-    update = f.product(
-        x, x_labels, out, y.shape, use, dtype=y.dtype, precision=_precision(eqn, position), spec=explicit_spec(y, x)
-    )
+    # The result decides: an axis that is summed over has no place in what the thin product leaves.
+    specs = mesh_axes((x, ()), (y, out))
+    update = f.product(x, x_labels, out, y.shape, use, dtype=y.dtype, precision=_precision(eqn, position), specs=specs)
     return [y + update]
 
 

@@ -232,16 +232,18 @@ SHARDED = """
     from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
     assert jax.device_count() == 8
     rng = np.random.default_rng(0)
-    host = {"u": rng.standard_normal((16, 32)), "v": rng.standard_normal((32, 16)), "s": rng.standard_normal((2, 16, 16))}
+    host = {"u": rng.standard_normal((16, 32)), "v": rng.standard_normal((32, 16)), "s": rng.standard_normal((2, 16, 16)),
+            "h": rng.standard_normal((16, 4, 4))}
     host = {n: jnp.asarray(w / 4, jnp.float32) for n, w in host.items()}
     x = jnp.asarray(rng.standard_normal((8, 4, 16)), jnp.float32)
-    spec = {"u": P("data", "model"), "v": P("model", "data"), "s": P(None, "data", "model")}
+    spec = {"u": P("data", "model"), "v": P("model", "data"), "s": P(None, "data", "model"), "h": P("data", "model")}
 
     def net(explicit, p, x):
         how = dict(out_sharding=P("data", None, None)) if explicit else {}
         up = dict(out_sharding=P("data", None, "model")) if explicit else {}
         x = jnp.einsum("btm,md->btd", jnp.tanh(jnp.einsum("btd,dm->btm", x, p["u"], **up)), p["v"], **how)
-        return jax.lax.scan(lambda c, w: (c + jnp.tanh(jnp.einsum("btd,de->bte", c, w, **how)), None), x, p["s"])[0]
+        x = jax.lax.scan(lambda c, w: (c + jnp.tanh(jnp.einsum("btd,de->bte", c, w, **how)), None), x, p["s"])[0]
+        return jnp.einsum("btd,dhk->bthk", x, p["h"], **(dict(out_sharding=P("data", None, "model", None)) if explicit else {}))
 
     def total(y):
         return (y ** 2).sum()

@@ -9,6 +9,7 @@ Layout of a saved adapter::
 So a save that fails or is killed leaves the last good adapter as it was, and whoever reads sees the old one or the new one.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -143,18 +144,12 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     _check_free(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
     arrays = path / f"arrays-{uuid.uuid4().hex[:12]}"
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_discard, path, arrays.name)
         _write_arrays(arrays, lora)
         description |= {"arrays": arrays.name, "files": _digests(arrays)}
         _write_json(path / _JSON, description)
-    except BaseException:
-        for stray in path.glob(f"{arrays.name}*"):  # orbax writes beside, under a longer name
-            shutil.rmtree(stray, ignore_errors=True)
-        for stray in path.glob(f".{_JSON}.*"):
-            stray.unlink(missing_ok=True)
-        if not any(path.iterdir()):
-            path.rmdir()
-        raise
+        undo.pop_all()
     _sweep(path, arrays.name)
 
 
@@ -329,6 +324,16 @@ def _check_free(path: Path, overwrite: bool) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a folder holds an adapter, or the remains of a save that was killed."""
     return all(p.name == _JSON or p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
+
+
+def _discard(path: Path, arrays: str) -> None:
+    """Removes what a failed save left; orbax writes beside the folder first, under a longer name."""
+    for stray in path.glob(f"{arrays}*"):
+        shutil.rmtree(stray, ignore_errors=True)
+    for stray in path.glob(f".{_JSON}.*"):
+        stray.unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def _sweep(path: Path, keep: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax._src import source_info_util
+from jax._src.interpreters import ad, batching, partial_eval
 from jax._src.sharding_impls import UnspecifiedValue
 from jax.extend import core as jex
 
@@ -159,6 +160,18 @@ def _frames(eqn: Eqn) -> Iterator[Any]:
         if frame.file_name.replace("\\", "/").split("/")[-2:-1] == ["jlora"]:
             return
         yield frame
+
+
+def is_differentiated(x: Any) -> bool:
+    """Whether a derivative with respect to ``x`` is being taken right here, and not by whoever calls the program being traced."""
+    while isinstance(x, batching.BatchTracer):
+        x = x.val
+    return isinstance(x, ad.JVPTracer | ad.LinearizeTracer)
+
+
+def is_input_of_trace(x: Any) -> bool:
+    """Whether ``x`` is a plain value of a program being traced: nobody differentiates it here, a caller of the program still may."""
+    return isinstance(x, partial_eval.DynamicJaxprTracer)
 
 
 def promote(*dtypes: Any) -> Any:

@@ -66,7 +66,7 @@ def wrap(
         if dropout_key is not None:
             dropout_key = as_key(dropout_key, "dropout_key must be one PRNG key.")
         call = trace_call(fn, params, args, kwargs)
-        leaves = call.leaves if train_base else [_freeze(leaf) for leaf in call.leaves]
+        leaves = call.leaves if train_base else _freeze(call.leaves, lora)
         _check_read(lora, call)
         entered = [
             _enter(lora[path], leaf, path, dropout_key) if path in lora else leaf
@@ -128,6 +128,14 @@ def _enter(adapter: Adapter, leaf: Any, path: str, dropout_key: Any) -> Any:
     return adapter.enter(jnp.asarray(leaf), Branch(path, getattr(adapter, "dropout", 0.0)), key)
 
 
-def _freeze(leaf: Any) -> Any:
-    # Only a tracer can be differentiated; on a constant this would only add an equation.
-    return lax.stop_gradient(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+def _freeze(leaves: list[Any], lora: Mapping[str, Adapter]) -> list[Any]:
+    """Stops gradients where one could pass.
+
+    Only a tracer can be differentiated. Where the adapter is being differentiated right here and a leaf is not, as in
+    ``jit(grad(loss))`` with respect to the adapter, stopping would only add an equation of the leaf's size.
+    """
+    inside = any(_jax.is_differentiated(x) for x in jax.tree.leaves(dict(lora)))
+    return [
+        lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) and not (inside and _jax.is_input_of_trace(x)) else x
+        for x in leaves
+    ]

@@ -8,7 +8,7 @@ from jax.extend import core
 
 # These show the base in another form; they compute nothing new from it.
 _VIEWS = {
-    "stop_gradient", "transpose", "reshape", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "rev", "copy", "copy_p",
+    "transpose", "reshape", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "rev", "copy", "copy_p",
     "convert_element_type", "optimization_barrier", "name", "gather", "split", "reduce_precision", "sharding_constraint",
 }  # fmt: skip
 
@@ -24,13 +24,13 @@ def equations(jaxpr: Any) -> Any:
             yield eqn
 
 
-def computed_values(jaxpr: Any, shapes: set[tuple[int, ...]]) -> int:
-    """How many float values of one of ``shapes`` (in any order of axes) a program computes."""
+def computed_values(jaxpr: Any, shapes: set[tuple[int, ...]], ignore: tuple[str, ...] = ()) -> int:
+    """How many float values of one of ``shapes`` (in any order of axes) a program computes, views and ``ignore`` not counted."""
     wanted = {tuple(sorted(shape)) for shape in shapes}
     return sum(
         tuple(sorted(v.aval.shape)) in wanted and jnp.issubdtype(v.aval.dtype, jnp.inexact)
         for eqn in equations(jaxpr)
-        if eqn.primitive.name not in _VIEWS
+        if eqn.primitive.name not in _VIEWS and eqn.primitive.name not in ignore
         for v in eqn.outvars
     )
 

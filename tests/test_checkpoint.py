@@ -35,7 +35,7 @@ def adapter(seed=0):
     return jax.tree.map(lambda x: x + seed, lora)
 
 
-def same(x, y):
+def assert_same(x, y):
     assert jax.tree.structure(x) == jax.tree.structure(y)
     jax.tree.map(np.testing.assert_array_equal, x, y)
 
@@ -47,9 +47,9 @@ def folder(tmp_path):
 
 
 def test_round_trip(folder):
-    same(jlora.load(folder), adapter(1))
-    same(jlora.load(str(folder), PARAMS), adapter(1))
-    same(jlora.load(folder, jax.eval_shape(lambda: PARAMS)), adapter(1))
+    assert_same(jlora.load(folder), adapter(1))
+    assert_same(jlora.load(str(folder), PARAMS), adapter(1))
+    assert_same(jlora.load(folder, jax.eval_shape(lambda: PARAMS)), adapter(1))
 
 
 def test_carries_rules_axes_scale_version_and_fingerprint(folder):
@@ -80,9 +80,9 @@ def test_refuses_another_base(folder, other, difference):
 def test_refuses_to_overwrite_unless_told(folder):
     with pytest.raises(FileExistsError, match=r"(?s)already an adapter at .*overwrite=True"):
         jlora.save(folder, adapter(2))
-    same(jlora.load(folder), adapter(1))
+    assert_same(jlora.load(folder), adapter(1))
     jlora.save(folder, adapter(2), overwrite=True)
-    same(jlora.load(folder), adapter(2))
+    assert_same(jlora.load(folder), adapter(2))
     assert len(list(folder.glob("arrays-*"))) == 1
 
 
@@ -113,7 +113,7 @@ def test_refuses_values_that_are_not_finite(folder):
     broken = jax.tree.map(lambda x: x * jnp.nan, adapter(2))
     with pytest.raises(ValueError, match=r"'bias'\.value is not finite"):
         jlora.save(folder, broken, overwrite=True)
-    same(jlora.load(folder), adapter(1))
+    assert_same(jlora.load(folder), adapter(1))
 
 
 def test_refuses_tracers(tmp_path):
@@ -204,7 +204,7 @@ def test_full_disk_keeps_the_last_good_one(folder, limit):
     script = textwrap.dedent(FULL_DISK.format(tests=os.path.dirname(__file__), folder=str(folder), limit=limit))
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert child.stdout.startswith("OSError"), child.stderr
-    same(jlora.load(folder), adapter(1))
+    assert_same(jlora.load(folder), adapter(1))
     assert len(list(folder.glob("arrays-*"))) == 1
 
 
@@ -235,6 +235,6 @@ def test_kill_during_a_save_keeps_a_complete_one(folder):
             finished += [int(line) for line in child.stdout.read().split()]
         about = jlora.metadata(folder)
         assert about["meta"]["i"] in (finished[-1], finished[-1] + 1)
-        same(jlora.load(folder, PARAMS), adapter(about["meta"]["i"]))
+        assert_same(jlora.load(folder, PARAMS), adapter(about["meta"]["i"]))
     jlora.save(folder, adapter(5), overwrite=True)  # and the remains are swept
     assert sorted(p.name.split("-")[0] for p in folder.iterdir()) == ["adapter.json", "arrays"]

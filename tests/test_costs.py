@@ -111,14 +111,12 @@ def test_temporary_memory_of_a_gradient_step(programs):
 def test_gradient_program_computes_no_value_of_a_kernels_shape(programs):
     shapes = {(DIM, DIM), (DIM, FF), (FF, DIM)}
     count = {name: computed_values(jax.make_jaxpr(fn)(*args), shapes) for name, (fn, args) in programs.items()}
-    assert count["jlora"] == count["whole tree"] - _zeros(programs, shapes) == count["forward"] == 0
+    assert count["jlora"] == count["forward"] == 0
     assert count["formed"] >= 3 * 6 * LAYERS
-
-
-def _zeros(programs, shapes):
-    """The zero gradients of the base that a caller of the whole tree asks for are not computed from anything."""
+    # Whoever asks for gradients of the whole tree gets zeros for the base: one stopped leaf each, and nothing computed.
     fn, args = programs["whole tree"]
-    return computed_values(jax.make_jaxpr(fn)(*args), shapes)
+    assert count["whole tree"] == 6 * LAYERS
+    assert computed_values(jax.make_jaxpr(fn)(*args), shapes, ignore=("stop_gradient",)) == 0
 
 
 @pytest.mark.usefixtures("standard_promotion")

@@ -12,7 +12,7 @@ import jlora
 every = pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 
 
-def close(got, expected, tol: float) -> None:
+def assert_close(got, expected, tol: float) -> None:
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
         np.testing.assert_allclose(x, y, atol=tol * max(1.0, float(np.abs(y).max())), rtol=0)
@@ -52,7 +52,7 @@ def test_apply_equals_merge_then_base(case: Case):
     expected = case.fn(merged, *case.args, **case.kwargs)
     base = case.fn(case.params, *case.args, **case.kwargs)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
-    close(got, expected, case.tol)
+    assert_close(got, expected, case.tol)
     change = max(
         float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(base), strict=True)
     )
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_dense_update(case: Case):
     lora = case.trained()
     got = jax.grad(lambda l: total(jlora.wrap(case.fn)(case.params, l, *case.args, **case.kwargs)))(lora)
     expected = jax.grad(lambda l: total(case.fn(jlora.merge(case.params, l), *case.args, **case.kwargs)))(lora)
-    close(got, expected, 5 * case.tol)
+    assert_close(got, expected, 5 * case.tol)
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(got))
 
 
@@ -101,7 +101,7 @@ def test_commutes_with_vmap_over_adapters(case: Case):
     got = jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs))(stacked)
     expected = [apply(case.params, l, *case.args, **case.kwargs) for l in several]
     for i, out in enumerate(expected):
-        close(jax.tree.map(lambda x, i=i: x[i], got), out, case.tol)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], got), out, case.tol)
 
 
 @every
@@ -112,11 +112,11 @@ def test_commutes_with_jit_scan_and_remat(case: Case):
         return jlora.wrap(case.fn)(params, lora, *args, *_static(case), **case.kwargs)
 
     expected = apply(case.params, lora, *_dynamic(case))
-    close(jax.jit(apply)(case.params, lora, *_dynamic(case)), expected, case.tol)
-    close(jax.checkpoint(apply)(case.params, lora, *_dynamic(case)), expected, case.tol)
+    assert_close(jax.jit(apply)(case.params, lora, *_dynamic(case)), expected, case.tol)
+    assert_close(jax.checkpoint(apply)(case.params, lora, *_dynamic(case)), expected, case.tol)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), lora)
     _, got = jax.lax.scan(lambda c, l: (c, apply(case.params, l, *_dynamic(case))), 0, stacked)
-    close(jax.tree.map(lambda x: x[0], got), expected, case.tol)
+    assert_close(jax.tree.map(lambda x: x[0], got), expected, case.tol)
 
 
 @every

@@ -32,6 +32,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Adapter",
+    "DenseWeightError",
+    "Full",
+    "FullWeight",
+    "LoRA",
+    "LowRank",
+    "Site",
+    "Sites",
+    "delta",
+    "describe",
+    "freeze",
+    "init",
+    "labels",
+    "load",
+    "merge",
+    "metadata",
+    "restore_target",
+    "save",
+    "shardings",
+    "sites",
+    "summary",
+    "trainable",
+    "wrap",
+]
+
 
 def __getattr__(name: str) -> object:
     if name == "nnx":  # Flax is imported only when it is asked for

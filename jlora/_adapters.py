@@ -125,6 +125,13 @@ class LowRank(Adapter):
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf this adapts, from the factors."""
         n = len(self.batch)
+        for name, x, ndim in (("a", self.a, n + len(self.inputs) + 1), ("b", self.b, n + 1 + len(self.outputs))):
+            if len(getattr(x, "shape", ())) != ndim:
+                got = f"{x.ndim} axes" if hasattr(x, "ndim") else type(x).__name__
+                raise ValueError(
+                    f"The factor {name} of an adapter must have {ndim} axes.\n  got: {got}\n"
+                    "  Several adapters in one tree go through vmap: jax.vmap(apply, (None, 0, None))(params, stacked, x)."
+                )
         sizes = dict(zip((*self.batch, *self.inputs), self.a.shape[:-1], strict=True))
         sizes |= dict(zip(self.outputs, self.b.shape[n + 1 :], strict=True))
         return tuple(sizes[d] for d in sorted(sizes))

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _paths
@@ -55,6 +56,8 @@ def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
         meta = json.loads(json.dumps(meta, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(f"The metadata must be JSON (strings, finite numbers, lists, dicts): {error}.") from None
+    for adapter in lora.values():
+        _ = adapter.shape  # raises for a stack of adapters, which load could not read
     (base,) = bases
     return {
         "format": FORMAT,
@@ -96,9 +99,19 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
             "  Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them."
         )
     check_base(lora, paths, leaves)
-    if not any(isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding) for leaf in leaves):
-        return lora
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lora, shardings(lora, params))
+    placed = {path for path, leaf in zip(paths, leaves, strict=True) if path in lora and _is_placed(leaf)}
+    where = shardings({path: lora[path] for path in placed}, params)
+    return {
+        path: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), adapter, where[path])
+        if path in placed
+        else adapter
+        for path, adapter in lora.items()
+    }
+
+
+def _is_placed(leaf: Any) -> bool:
+    """Whether someone said where ``leaf`` lives. What lives on the default device for want of a choice may follow others."""
+    return getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True)
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -129,6 +142,7 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
         >>> bool((again["up"].a == lora["up"].a).all()), jlora.metadata(folder)["meta"]
         (True, {'task': 'demo'})
     """
+    path = _folder(path)
     description = describe(lora, **meta)
     for leaf_path, adapter in lora.items():
         for name, x in adapter.arrays().items():
@@ -140,7 +154,6 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
                 raise ValueError(
                     f"'{leaf_path}'.{name} is not finite: the adapter is not saved.\n  The last good one is kept."
                 )
-    path = Path(os.path.abspath(path))
     _check_free(path, overwrite)
     path.mkdir(parents=True, exist_ok=True)
     arrays = path / f"arrays-{uuid.uuid4().hex[:12]}"
@@ -148,6 +161,7 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
         undo.callback(_discard, path, arrays.name)
         _write_arrays(arrays, lora)
         description |= {"arrays": arrays.name, "files": _digests(arrays)}
+        description["digest"] = _digest(description)
         _write_json(path / _JSON, description)
         undo.pop_all()
     _sweep(path, arrays.name)
@@ -170,20 +184,25 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     """
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
-    path = Path(os.path.abspath(path))
+    path = _folder(path)
     description = metadata(path)
     target = restore_target(description, params)
     arrays = path / str(description.get("arrays", ""))
     _verify(arrays, description)
-    shapes = _as_tree(target)
-    if not any(getattr(x, "sharding", None) for x in jax.tree.leaves(shapes)):
-        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local), shapes)
+    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local if x.sharding is None else x.sharding),
+        _as_tree(target),
+    )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             found = checkpointer.restore(arrays, shapes)
         except (KeyError, TypeError) as error:
             raise ValueError(f"The arrays in {arrays} do not fit their description: {error}.") from None
+    # Where nobody said where the base lives, neither is it said here: else exchanging adapters would compile again.
+    found = jax.tree.map(
+        lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), found, _as_tree(target)
+    )
     return {
         leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [found[_key(i)][name] for name in adapter.labels])
         for i, (leaf_path, adapter) in enumerate(sorted(target.items()))
@@ -197,7 +216,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no complete adapter at ``path``.
         ValueError: the JSON is damaged.
     """
-    file = Path(os.path.abspath(path)) / _JSON
+    file = _folder(path) / _JSON
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote."
@@ -214,6 +233,10 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _entry(adapter: Adapter) -> dict[str, Any]:
+    if type(adapter) not in KINDS.values():
+        raise TypeError(
+            f"jlora can only save {', '.join(KINDS)} adapters.\n  got: {type(adapter).__name__}; keep it with orbax itself"
+        )
     arrays = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in adapter.arrays().items()}
     entry: dict[str, Any] = {"kind": adapter.kind, "arrays": arrays}
     if isinstance(adapter, LowRank):
@@ -268,6 +291,18 @@ def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
         ) from error
 
 
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"The folder of the adapter comes first: save(path, lora), load(path, params).\n  got: {type(path).__name__} as path"
+        )
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
 def _digests(folder: Path) -> dict[str, list[Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {
@@ -281,6 +316,8 @@ def _verify(arrays: Path, description: Mapping[str, Any]) -> None:
         raise ValueError(f"The description in {arrays.parent / _JSON} is damaged: it names no files.")
     if not arrays.is_dir():
         raise ValueError(f"The adapter at {arrays.parent} is damaged: the folder {arrays.name} is missing.")
+    if description.get("digest") != _digest({k: v for k, v in description.items() if k != "digest"}):
+        raise ValueError(f"{arrays.parent / _JSON} is damaged: it was changed after it was written.")
     found = _digests(arrays)
     for name, record in expected.items():
         if name not in found:
@@ -313,17 +350,17 @@ def _write_json(file: Path, description: Mapping[str, Any]) -> None:
 def _check_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
-    if not path.is_dir() or (any(path.iterdir()) and not _is_ours(path)):
-        raise FileExistsError(f"{path} is something else than an adapter: it is left alone.\n  Choose another folder.")
+    if not path.is_dir() or not ((path / _JSON).exists() or _is_remains(path)):
+        raise FileExistsError(f"{path} is not an adapter: it is left alone.\n  Choose another folder.")
     if (path / _JSON).exists() and not overwrite:
         raise FileExistsError(
             f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
         )
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder holds an adapter, or the remains of a save that was killed."""
-    return all(p.name == _JSON or p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
+def _is_remains(path: Path) -> bool:
+    """Whether a folder is empty, or holds only what a killed save left."""
+    return all(p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
 
 
 def _discard(path: Path, arrays: str) -> None:

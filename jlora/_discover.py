@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     axes: tuple[Axes, ...]
     shape: tuple[int, ...]
     picked: Axes = NONE
-    rows: bool = False  # picked by a gather: if nothing multiplies the rest, they were rows of a table
+    rows: Axes = NONE  # those picked last: if nothing multiplies the rest, they were rows of a table
 
 
 class Source(NamedTuple):
@@ -58,7 +58,7 @@ class Record(NamedTuple):
 
 def leaf(path: str, leaf: Any) -> Value:
     shape = np.shape(leaf)
-    if not jnp.issubdtype(lax.dtype(leaf), jnp.inexact):
+    if 0 in shape or not jnp.issubdtype(lax.dtype(leaf), jnp.inexact):
         return Value()
     return Value(Seen(path, tuple(frozenset([d]) for d in range(len(shape))), shape))
 
@@ -114,7 +114,8 @@ class Finder:
             self.dense(values[position], name)
             return [Value(None, _reach(values))]
         inputs, batch = (union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
-        self.record(seen, name, use.kind, inputs, (batch | seen.picked) - inputs)
+        # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
+        self.record(seen, name, use.kind, inputs, (batch | (seen.picked - union(seen.axes))) - inputs)
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
         return [Value(None, frozenset([Source(seen.path, lookup=False)]))]
 
@@ -131,16 +132,14 @@ class Finder:
             if gain is None or len(gain) == sum(n != 1 for n in seen.shape):
                 return None
             self.merge(seen, gain, eqn)
-        if name == "reshape" and eqn.params["dimensions"]:
-            return None
         flow = VIEWS[name](eqn, seen.shape)
         for old in {source for source in flow if len(source) > 1}:
             self.merge(seen, old, eqn)
         took = union(seen.axes[d] for d in chosen)
         if name == "gather" and len(union(seen.axes) - took) < 2:  # what is left is no matrix: rows of a table
-            self.record(seen, name, "lookup", took, NONE)
+            self.record(seen, name, "lookup", took, seen.picked - took)
             return [Value(None, reach | {Source(seen.path, lookup=True)})]
-        rows = seen.rows or name == "gather"
+        rows = took if name == "gather" or (took and len(union(seen.axes) - took) < 2) else seen.rows
         axes = tuple(union(seen.axes[d] for d in source if d not in chosen) for source in flow)
         return [Value(Seen(seen.path, axes, v.aval.shape, seen.picked | took, rows), reach) for v in eqn.outvars]
 
@@ -164,7 +163,7 @@ class Finder:
         seen = value.view
         if seen is not None:
             if seen.rows:
-                self.record(seen, operation, "lookup", seen.picked, NONE)
+                self.record(seen, operation, "lookup", seen.rows, seen.picked - seen.rows)
             else:
                 self.record(seen, operation, "dense", NONE, NONE)
 
@@ -238,7 +237,7 @@ def _cond(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 _BODIES: dict[str, Callable[[Finder, Any, list[Value]], list[Value]]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "remat2", "checkpoint"), _inline),
+    **dict.fromkeys(_jax.CALLS, _inline),
     "optimization_barrier": _barrier,
     "scan": _scan,
     "while": _while,

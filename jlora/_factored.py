@@ -78,21 +78,40 @@ class Factored:
 
     def reshape(self, w: jax.Array, groups: Sequence[tuple[Labels, Labels]]) -> "Factored | None":
         """The reshaped value, or ``None`` where an axis of one factor would have to be merged with one of the other."""
+        constant = set(range(len(self.shape))).difference(*self.labels)
         for old, _ in groups:
-            if any(0 < len(set(old) & set(labels)) < len(old) for labels in self.labels):
+            if any(set(old) & set(labels) and not set(old) <= {*labels, *constant} for labels in self.labels):
                 return None
-        return self.map_parts(w, lambda part, labels: _reshape_part(part, labels, groups, w.shape))
+
+        def reshape_part(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+            wanted = [d for old, _ in groups if set(old) & set(labels) for d in old]
+            return _reshape_part(*_extend(part, labels, wanted, self.shape), groups, w.shape)
+
+        return self.map_parts(w, reshape_part)
 
     def gain(
         self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]
     ) -> "Factored | None":
         """Applies ``fn``, a multiplication by something that varies along ``axes`` only, to one factor; ``None`` if none has them all."""
+        constant = set(range(len(self.shape))).difference(*self.labels[:2])
         for i in (1, 0):
-            if set(axes) <= set(self.labels[i]):
-                parts = list(self.parts)
-                parts[i] = fn(parts[i], self.labels[i])
-                return replace(self, w=w, parts=tuple(parts))
+            if set(axes) <= {*self.labels[i], *constant}:
+                parts, labels = list(self.parts), list(self.labels)
+                part, labels[i] = _extend(parts[i], labels[i], axes, self.shape)
+                parts[i] = fn(part, labels[i])
+                return replace(self, w=w, parts=tuple(parts), labels=tuple(labels))
         return None
+
+    @property
+    def is_row(self) -> bool:
+        """Whether this is a row of a table: one factor has come down to its rank axis, so that the value is thin in itself."""
+        return any(labels == (RANK,) for labels in self.labels[:2])
+
+    def row(self, use: int) -> jax.Array:
+        """The value of a row: activations, with dropout of the adapter branch on the factor that was looked up."""
+        i = 0 if self.labels[0] == (RANK,) else 1
+        looked_up = self.dropout(self.parts[i], use)
+        return replace(self, parts=(looked_up, self.parts[1 - i]), labels=(self.labels[i], self.labels[1 - i])).dense()
 
     def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
         """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""
@@ -169,7 +188,7 @@ class Factored:
         keys = self.parts[2]
         key = jax.random.fold_in(keys[(0,) * keys.ndim], use)
         rate = self.branch.dropout
-        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        keep = _jax.placed_like(jax.random.bernoulli(key, 1.0 - rate, x.shape), x)
         return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
     def update(self, dtype: Any = None) -> jax.Array:
@@ -260,6 +279,15 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels,
     return groups
 
 
+def _extend(part: jax.Array, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> tuple[jax.Array, Labels]:
+    """Gives ``part`` those of ``axes`` that it does not have: it is constant along them."""
+    new = tuple(dict.fromkeys(d for d in axes if d not in labels and shape[d] != 1))
+    if not new:
+        return part, labels
+    wide = lax.broadcast_in_dim(part, [shape[d] for d in new] + list(part.shape), range(len(new), len(new) + part.ndim))
+    return wide, (*new, *labels)
+
+
 def _drop_units(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
     units = [i for i, d in enumerate(labels) if d != RANK and part.shape[i] == 1]
     if not units:
@@ -331,15 +359,17 @@ def _arrange(x: jax.Array, labels: Labels, out: Labels, shape: Sequence[int]) ->
     return lax.broadcast_in_dim(x, shape, [i for i, d in enumerate(out) if d in labels])
 
 
-def scale_part(part: jax.Array, labels: Labels, gain: jax.Array) -> jax.Array:
-    """``part`` times ``gain``, a scalar or an array of the value's rank whose axes of size above one ``part`` has."""
+def scale_part(part: jax.Array, labels: Labels, gain: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
+    """``part`` times (or by) ``gain``, a scalar or an array of the value's rank whose axes of size above one ``part`` has."""
+    wide = _jax.promote(part.dtype, gain.dtype)
+    part, gain = part.astype(wide), gain.astype(wide)
     if gain.ndim == 0:
-        return part * gain.astype(part.dtype)
+        return how(part, gain)
     axes = [d for d in range(gain.ndim) if gain.shape[d] != 1]
     squeezed = lax.squeeze(gain, [d for d in range(gain.ndim) if d not in axes])
     order = [d for d in labels if d in axes]
-    aligned = _transpose(squeezed, [axes.index(d) for d in order]).astype(part.dtype)
-    return part * lax.expand_dims(aligned, [i for i, d in enumerate(labels) if d not in axes])
+    aligned = _transpose(squeezed, [axes.index(d) for d in order])
+    return how(part, lax.expand_dims(aligned, [i for i, d in enumerate(labels) if d not in axes]))
 
 
 def mesh_axes(*arrays: tuple[Any, Labels]) -> dict[int, Any] | None:

@@ -65,27 +65,30 @@ class Interpreter:
             return BODIES[name](self, eqn, values)
         if name in RULES and len(positions) == 1:
             position = positions[0]
-            path = values[position].branch.path
             try:
-                outs = RULES[name](eqn, position, values, self.used.get(path, 0))
+                return RULES[name](eqn, position, values, self.count(values[position].branch.path))
             except Dense:
                 pass
-            else:
-                self.used[path] = self.used.get(path, 0) + 1
-                return outs
         return _jax.bind(eqn, [self.dense(v, name) for v in values])
+
+    def count(self, path: str) -> int:
+        """The number of this use of a leaf."""
+        self.used[path] = self.used.get(path, -1) + 1
+        return self.used[path]
 
     def dense(self, value: Any, operation: str) -> Any:
         """``value`` as an array; raises if it is a factored weight and that is not allowed."""
         if not isinstance(value, Factored):
             return value
+        if value.is_row:
+            return value.row(self.count(value.branch.path))
         if not self.allow_dense:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             raise DenseWeightError(
                 f"The adapted weight '{value.branch.path}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
-                "  Leave the weight out of the targets, train it outright with Full, or accept a full-size gradient: "
-                'wrap(fn, dense="allow").'
+                "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
+                '  targets, train it outright with Full, or accept a full-size gradient: wrap(fn, dense="allow").'
             )
         return value.dense()
 
@@ -117,13 +120,13 @@ def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     consts, carry, xs = _split(values, s.num_consts, s.num_carry)
     kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(s.body, s.num_consts, s.num_carry))
     unstacked = [v.unstack() if isinstance(v, Factored) else ([v], lambda one: one[0]) for v in xs]
-    steps = jnp.arange(s.length) if _has_keys(consts + list(kept.values())) else None
+    steps = jnp.arange(s.length) if _has_keys([*consts, *kept.values(), *xs]) else None
 
     def body(c: list[Any], x: Any) -> tuple[list[Any], list[Any]]:
         step, parts = x
         fixed = [_refold(v, step) for v in consts]
         full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
-        sliced = [inside(part) for (_, inside), part in zip(unstacked, parts, strict=True)]
+        sliced = [_refold(inside(part), step) for (_, inside), part in zip(unstacked, parts, strict=True)]
         outs = interp.run(s.body, [*fixed, *full, *sliced])
         outs = [None if i in kept else interp.dense(v, "scan (returned from its body)") for i, v in enumerate(outs)]
         return [v for i, v in enumerate(outs[: s.num_carry]) if i not in kept], outs[s.num_carry :]
@@ -140,16 +143,21 @@ def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
     steps = jnp.zeros((), jnp.int32) if _has_keys(body_consts + list(kept.values())) else None
 
+    def go(state: Any) -> jax.Array:
+        (flag,) = interp.run(w.cond, [*cond_consts, *_merge_carry(kept, state[1])])
+        return flag
+
     def cond(state: Any) -> jax.Array:
-        (go,) = interp.run(w.cond, [*cond_consts, *_merge_carry(kept, state[1])])
-        return go
+        return go(state).any()  # under vmap the condition has an axis of examples: turn while any wants to
 
     def body(state: Any) -> Any:
         step, c = state
         full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
         outs = interp.run(w.body, [*(_refold(v, step) for v in body_consts), *full])
         outs = [interp.dense(v, "while (returned from its body)") for i, v in enumerate(outs) if i not in kept]
-        return None if step is None else step + 1, outs
+        return None if step is None else step + 1, [
+            _select(go(state), new, old) for new, old in zip(outs, c, strict=True)
+        ]
 
     return _merge_carry(kept, lax.while_loop(cond, body, (steps, carried))[1])
 
@@ -171,11 +179,8 @@ def _barrier(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
 
 BODIES: dict[str, Body] = {
     "optimization_barrier": _barrier,
-    "jit": _jit,
-    "pjit": _jit,
-    "closed_call": _jit,
-    "remat2": _remat,
-    "checkpoint": _remat,
+    **dict.fromkeys(_jax.CALLS, _jit),
+    **dict.fromkeys(("remat2", "checkpoint"), _remat),
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -197,6 +202,13 @@ def _loop_carry(
 def _merge_carry(kept: dict[int, Any], carried: Sequence[Any]) -> list[Any]:
     rest = iter(carried)
     return [kept[i] if i in kept else next(rest) for i in range(len(kept) + len(carried))]
+
+
+def _select(go: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Examples whose loop has ended keep what they have; a loop without an axis of examples has not ended."""
+    if go.ndim == 0:
+        return new
+    return jnp.where(lax.broadcast_in_dim(go, new.shape, range(go.ndim)), new, old)
 
 
 def _has_keys(values: list[Any]) -> bool:

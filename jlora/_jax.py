@@ -23,6 +23,10 @@ Var = Any
 _FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/")
 
 
+CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
+"""Primitives that do nothing but call the one program they hold, once."""
+
+
 class Program(NamedTuple):
     """A traced function: its equations and the values it closed over."""
 
@@ -138,7 +142,22 @@ def jit_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
 def forwarded(body: Program, first: int, count: int) -> set[int]:
     """Which of the ``count`` carried values, inputs ``first`` onwards of ``body``, come out of it as they went in."""
     invars, outvars = body.jaxpr.invars[first : first + count], body.jaxpr.outvars[:count]
-    return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is w}
+    made_by = {v: eqn for eqn in body.jaxpr.eqns for v in eqn.outvars if eqn.primitive.name in CALLS}
+    return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is _origin(w, made_by)}
+
+
+def _origin(var: Any, made_by: dict[Var, Eqn]) -> Any:
+    """The variable that ``var`` is, seen through calls that return one of their arguments."""
+    while not is_literal(var) and var in made_by:
+        eqn = made_by[var]
+        inner = subprogram(eqn)
+        inputs = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
+        calls = {v: e for e in inner.jaxpr.eqns for v in e.outvars if e.primitive.name in CALLS}
+        out = _origin(inner.jaxpr.outvars[eqn.outvars.index(var)], calls)
+        if is_literal(out) or out not in inputs:
+            return var
+        var = inputs[out]
+    return var
 
 
 def where(eqns: Sequence[Eqn]) -> str:
@@ -186,6 +205,11 @@ def place(x: Any, sharding: Any) -> Any:
     if mesh is not None and mesh._any_axis_explicit:
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def placed_like(x: Any, like: Any) -> Any:
+    """``x``, of the shape of ``like``, split as it is where the mesh is in explicit mode."""
+    return x if explicit_spec(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
 def explicit_spec(x: Any) -> Any:

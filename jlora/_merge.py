@@ -44,6 +44,8 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
         True
     """
     check_lora(lora, params)
+    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
+        raise ValueError(f"merge(dtype=...) must be a floating dtype.\n  got: {dtype!r}")
     paths, leaves, tree = _paths.flatten(params)
     check_base(lora, paths, leaves)
     merged, lost = [], {}

@@ -1,5 +1,6 @@
 """Masks, labels and frozen optimisers for optax, on any tree that holds adapters."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,7 +27,8 @@ def labels(tree: Any) -> Any:
 
     Example:
         >>> import optax, jlora
-        >>> tx = optax.partition({"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "frozen": optax.set_to_zero()}, jlora.labels)
+        >>> trained = {"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.adam(1e-3)}
+        >>> tx = optax.partition(trained | {"frozen": optax.set_to_zero()}, jlora.labels)
     """
     found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapter) if is_adapter(leaf)]
     if not found:
@@ -38,6 +40,9 @@ def labels(tree: Any) -> Any:
 
 def trainable(tree: Any) -> Any:
     """The boolean tree for ``optax.masked``: true for the arrays of adapters, false for everything else.
+
+    ``optax.masked`` hands on what it masks out as it came: the base stays as it is because its gradients are zero. Where they are
+    not (a penalty on the base, ``train_base=True``), use ``freeze``.
 
     Args:
         tree: As for ``labels``.
@@ -81,5 +86,7 @@ def freeze(tx: "optax.GradientTransformation") -> "optax.GradientTransformation"
 def _name_leaves(node: Any) -> Any:
     if not is_adapter(node):
         return FROZEN
-    leaves, tree = jax.tree.flatten(node, is_leaf=lambda x: x is not node and is_adapter(x))
-    return jax.tree.unflatten(tree, list(node.labels.values())[: len(leaves)])
+    # By field: one of them may be empty, masked out by whoever holds the tree.
+    return replace(
+        node, **{name: jax.tree.map(lambda _, x=label: x, getattr(node, name)) for name, label in node.labels.items()}
+    )

@@ -48,8 +48,15 @@ def _broadcast_in_dim(eqn: Eqn, shape: Sequence[int]) -> Flow:
 
 
 def _reshape(eqn: Eqn, shape: Sequence[int]) -> Flow:
-    source = {j: old for old, new in reshape_groups(shape, eqn.params["new_sizes"]) for j in new}
+    source = {j: old for old, new in _groups(eqn, shape) for j in new}
     return [source.get(j, ()) for j in range(len(eqn.params["new_sizes"]))]
+
+
+def _groups(eqn: Eqn, shape: Sequence[int]) -> list[tuple[Labels, Labels]]:
+    """The independent parts of a reshape, which takes the old axes in the order of ``dimensions`` if it has them."""
+    order = eqn.params["dimensions"] or range(len(shape))
+    groups = reshape_groups([shape[d] for d in order], eqn.params["new_sizes"])
+    return [(tuple(order[i] for i in old), new) for old, new in groups]
 
 
 def _gather(eqn: Eqn, shape: Sequence[int]) -> Flow:
@@ -103,10 +110,13 @@ def picked(eqn: Eqn, shape: Sequence[int]) -> Labels | None:
     if name == "split":
         return (p["axis"],) if shape[p["axis"]] > 1 and set(p["sizes"]) == {1} else ()
     if name == "gather":
-        numbers = p["dimension_numbers"]
-        indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-        whole = all(n == (1 if d in indexed else shape[d]) for d, n in enumerate(p["slice_sizes"]))
-        return tuple(sorted(indexed)) if whole and len(numbers.start_index_map) else None
+        numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+        # An index along an axis that is taken whole can only be zero, unless one out of bounds means something.
+        safe = p["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+        mapped = {d for d in numbers.start_index_map if not (safe and sizes[d] == shape[d])}
+        indexed = {*mapped, *numbers.operand_batching_dims}
+        whole = all(n == (1 if d in indexed else shape[d]) for d, n in enumerate(sizes))
+        return tuple(sorted(indexed)) if whole and mapped else None
     return ()
 
 
@@ -154,7 +164,7 @@ def view(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
         return [f.map_parts(w, part) for w, part in zip(ws, _ALONG[name](eqn, f, values), strict=True)]
     (w,) = ws
     if name == "reshape":
-        out = None if eqn.params["dimensions"] else f.reshape(w, reshape_groups(f.shape, w.shape))
+        out = f.reshape(w, _groups(eqn, f.shape))
     elif name in ("mul", "div", "neg"):
         out = _scaled(eqn, position, values, w)
     elif name == "stop_gradient":
@@ -171,9 +181,9 @@ def _scaled(eqn: Eqn, position: int, values: Sequence[Any], w: jax.Array) -> Fac
     if eqn.primitive.name == "neg":
         return f.gain(w, (), lambda part, labels: -part)
     axes = gain_axes(eqn, position, f.shape)
-    other = jnp.asarray(values[1 - position])
-    gain = other if eqn.primitive.name == "mul" else 1.0 / other
-    return None if axes is None else f.gain(w, axes, lambda part, labels: scale_part(part, labels, gain))
+    how = lax.mul if eqn.primitive.name == "mul" else lax.div
+    gain = jnp.asarray(values[1 - position])
+    return None if axes is None else f.gain(w, axes, lambda part, labels: scale_part(part, labels, gain, how))
 
 
 Along = Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]

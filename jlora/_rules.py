@@ -162,15 +162,22 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
             )
             raise ValueError(f"No weight matches target 'all-linear'.{hint}")
     else:
-        found = [site for path, site in everything.items() if re.fullmatch(target, path)]
+        found = [site for path, site in everything.items() if target == path or re.fullmatch(target, path)]
         if not found:
-            raise ValueError(
-                f"No parameter matches target {target!r}.\n  nearest: {', '.join(_paths.nearest(target, everything))}\n"
-                "  A target must match the whole path: '.*/down/kernel' matches at any depth."
-            )
+            raise ValueError(f"No parameter matches target {target!r}.\n  {_advice(target, list(everything))}")
     for site in found:
         _check_usable(rule, site)
     return found
+
+
+def _advice(target: str, paths: list[str]) -> str:
+    if target.replace("_", "-").lower() == ALL_LINEAR:
+        return f"Did you mean {ALL_LINEAR!r}?"
+    partly = [path for path in paths if re.search(target, path)]
+    if partly:
+        return f"A target must match the whole path: '.*{target}.*' would match {_paths.listing(partly, 4)}."
+    near = ", ".join(_paths.nearest(target, paths))
+    return f"nearest: {near}\n  A target must match the whole path; '.*' stands for any beginning or end."
 
 
 def _check_usable(rule: Rule, site: Site) -> None:
@@ -191,7 +198,9 @@ def _check_usable(rule: Rule, site: Site) -> None:
 
 def _targets(targets: Any, rule: str) -> Any:
     several = isinstance(targets, list | tuple | set | frozenset)
-    listed = sorted(targets) if isinstance(targets, set | frozenset) else list(targets) if several else [targets]
+    listed = (
+        sorted(targets, key=repr) if isinstance(targets, set | frozenset) else list(targets) if several else [targets]
+    )
     if not listed:
         raise ValueError(f"The targets of {rule} are empty: it would match nothing.")
     for target in listed:
@@ -204,7 +213,8 @@ def _targets(targets: Any, rule: str) -> Any:
         try:
             re.compile(target)
         except re.error as error:
-            raise ValueError(f"The target {target!r} of {rule} is not a regular expression: {error}.") from None
+            hint = f"\n  Did you mean {'.' + target!r}?" if target.startswith("*") else ""
+            raise ValueError(f"The target {target!r} of {rule} is not a regular expression: {error}.{hint}") from None
     return tuple(listed) if several else targets
 
 

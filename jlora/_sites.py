@@ -11,7 +11,7 @@ from jax import lax
 
 from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
-from jlora._discover import Finder, Record, SiteUse, Value, leaf, union
+from jlora._discover import NONE, Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
 from jlora._trace import trace_call
 
@@ -99,14 +99,17 @@ class Sites(Mapping[str, Site]):
         ]
         total = sum(s.size for s in self.values())
         text = table(("path", "shape", "use", "inputs", "outputs", "batch", "parameters"), rows, right=(6,))
-        text += f"\n{len(self)} weights can be adapted, {total:,} parameters."
+        text += f"\n{len(self)} {'weight' if len(self) == 1 else 'weights'} can be adapted, {total:,} parameters."
         if self.skipped:
             rest = [(s.path, _shape(s.shape), s.reason) for s in self.skipped.values()]
             text += f"\n\n{table(('path', 'shape', 'cannot be adapted because'), rest)}"
         return text
 
 
-def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+RETURNED = "the function returns it"
+
+
+def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
     """Finds the weights of ``fn(params, *args, **kwargs)`` that can be adapted, and how each leaf is used.
 
     Args:
@@ -142,7 +145,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     last = {source for out in outs if len(out.reach) == 1 for source in out.reach} - finder.fed
     heads = {source.path for source in last if not source.lookup}
     for out in outs:
-        finder.dense(out, "being returned")
+        finder.dense(out, RETURNED)
     found = [
         _site(p, np.shape(x), lax.dtype(x), finder, p in heads) for p, x in zip(call.paths, call.leaves, strict=True)
     ]
@@ -168,21 +171,27 @@ def _roles(ndim: int, records: list[Record]) -> tuple[tuple[int, ...], ...]:
     batch = records[0].batch.intersection(*(r.batch for r in records)) - summed
     inputs = (lead.inputs | (lead.batch & summed)) - batch
     outputs = frozenset(range(ndim)) - inputs - batch
+    if not outputs:  # single columns were taken one by one: together they are the outputs
+        outputs, batch = batch, NONE
     return tuple(tuple(sorted(group)) for group in (inputs, outputs, batch))
 
 
 def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[Record], roles: Any, finder: Finder) -> str:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return f"it holds {dtype}, not floats"
+    if 0 in shape:
+        return "it is empty"
     if not records:
         return "the function does not use it"
     dense = [r.use for r in records if r.use.kind == "dense"]
+    if any(use.operation == RETURNED for use in dense):
+        return f"{RETURNED} (in Flax, name what may change: mutable=['batch_stats'], not mutable=True)"
     if dense:
         first = f"{dense[0].operation} at {dense[0].where}"
         return f"all of it is needed by {first}" + (f" and {len(dense) - 1} more" if len(dense) > 1 else "")
     for group, place in finder.merged.get(path, {}).items():
-        if not any(group <= set(role) for role in roles):
-            return f"input and output axes are merged by {place}"
+        if not any(group - set(roles[2]) <= set(role) for role in roles[:2]):
+            return f"{place} ties an input axis to an output axis"
     inputs, outputs, _ = roles
     if not inputs or not outputs:
         missing = "output" if inputs else "input"

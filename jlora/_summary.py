@@ -41,5 +41,7 @@ def summary(params: Any, lora: Mapping[str, Adapter]) -> str:
         for path in paths
         if path in lora
     ]
-    last = f"{len(rows)} leaves, {sum(trained.values()):,} trained of {total:,} parameters ({sum(trained.values()) / total:.3%})."
+    count = sum(trained.values())
+    noun = "leaf" if len(rows) == 1 else "leaves"
+    last = f"{len(rows)} {noun}, {count:,} trained of {total:,} parameters ({count / total:.3%})."
     return table(("path", "shape", "rank", "trained", "share"), rows, right=(2, 3, 4)) + "\n" + last

@@ -30,7 +30,8 @@ class Call(NamedTuple):
 def is_array(x: Any) -> bool:
     """Whether an argument is traced. Python numbers, flags, strings and functions are not: they stay as they are."""
     if isinstance(x, np.ndarray | np.generic):
-        return x.dtype.kind not in "OSUV" or jax.dtypes.issubdtype(x.dtype, np.inexact)
+        number = x.dtype.kind not in "OSUV" or jax.dtypes.issubdtype(x.dtype, np.inexact)
+        return number and not isinstance(x, np.bool_)  # a flag that came out of numpy is a flag
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
 
 

@@ -1,6 +1,7 @@
 """The public transform: a function of parameters becomes a function of parameters and adapters."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -58,8 +59,14 @@ def wrap(
     if dense not in ("error", "allow"):
         raise ValueError(f"dense must be 'error' or 'allow'.\n  got: {dense!r}")
 
+    if _takes(fn, "dropout_key"):
+        raise ValueError(
+            "The function has an argument 'dropout_key' of its own, which apply keeps for dropout of the adapter.\n"
+            "  Wrap a function that calls it by another name: wrap(lambda p, x, key: fn(p, x, dropout_key=key))."
+        )
+
     @functools.wraps(fn, updated=())
-    def apply(params: Any, lora: Mapping[str, Adapter], *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+    def apply(params: Any, lora: Mapping[str, Adapter], /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         check_lora(lora, params)
         paths, leaves, _ = _paths.flatten(params)
         check_base(lora, paths, leaves)
@@ -74,12 +81,23 @@ def wrap(
         ]
         interpreter = Interpreter(allow_dense=dense == "allow")
         outs = interpreter.run(call.program, [*entered, *call.arrays])
-        outs = [interpreter.dense(out, "it is returned by the function") for out in outs]
+        returned = "the function returns it; in Flax, name what may change: mutable=['batch_stats'], not mutable=True"
+        outs = [interpreter.dense(out, returned) for out in outs]
         return jax.tree_util.tree_unflatten(call.out_tree, outs)
 
-    # The signature of fn no longer holds: apply takes the adapter second.
+    # The signature and documentation of fn no longer hold: apply takes the adapter second.
     del apply.__wrapped__
+    apply.__doc__ = (
+        "``fn`` with adapted weights: ``apply(params, lora, *args, dropout_key=None, **kwargs)``; see ``jlora.wrap``."
+    )
     return apply
+
+
+def _takes(fn: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # a builtin, which has no signature
+        return False
 
 
 def check_lora(lora: Any, params: Any = None) -> None:

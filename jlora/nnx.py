@@ -26,14 +26,18 @@ class Functional:
         module = nnx.merge(self._graph, nnx.State(params), state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
         parts: Any = nnx.split(module, nnx.Param, ...)
-        after = parts[2]
+        written = _changed(nnx.State(params), parts[1])
+        if written:
+            raise ValueError(
+                f"The call writes the parameter '{written}', which a pure function of its parameters cannot."
+            )
         if mutable:
-            return out, after
-        changed = _changed(state, after)
+            return out, parts[2]
+        changed = _changed(state, parts[2])
         if changed:
             raise ValueError(
-                f"The call changes '{changed}', which a pure function cannot.\n"
-                "  Put the module in evaluation mode (module.eval()) before splitting it, or pass mutable=True and take (output, state)."
+                f"The call changes '{changed}' (or passes it through nnx.jit or nnx.remat), which a pure function cannot.\n"
+                "  Pass mutable=True and take (output, state), or split the module in evaluation mode (module.eval())."
             )
         return out
 
@@ -78,8 +82,23 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
 
 
 def _changed(before: Any, after: Any) -> str | None:
-    old, new = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (before, after))
-    for (_, x), (keys, y) in zip(old, new, strict=True):
-        if x is not y:
-            return jax.tree_util.keystr(keys, simple=True, separator="/")
+    """The first variable that is new, or not the same as before."""
+    old, new = (dict(nnx.to_flat_state(tree)) for tree in (before, after))
+    for keys, variable in new.items():
+        if keys not in old or not _same(_value(old[keys]), _value(variable)):
+            return "/".join(map(str, keys))
     return None
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
+
+
+def _same(x: Any, y: Any) -> bool:
+    """Whether two values are one, or equal where both are known."""
+    if x is y:
+        return True
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, y))):
+        return False
+    old, new = jax.tree.leaves(x), jax.tree.leaves(y)
+    return len(old) == len(new) and all(bool((a == b).all()) for a, b in zip(old, new, strict=True))

@@ -37,9 +37,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     rank: int = 2
     tol: float = 1e-5
-    exact_in_jit: bool = (
-        True  # XLA contracts a multiplication and an addition of the base into one rounding, here it cannot
-    )
+    exact_in_jit: bool = True  # XLA rewrites the arithmetic around the product
 
     def sites(self) -> jlora.Sites:
         return jlora.sites(self.fn, self.params, *self.args, **self.kwargs)
@@ -166,6 +164,27 @@ case("chosen_layer", {"w": _array(L, D, D)}, (X, jnp.int32(2)), {"w": ((1,), (2,
 case("chosen_experts", {"w": _array(E, D, M)}, (_array(B, D), jnp.array([3, 11])), {"w": ((1,), (2,), (0,))})(
     lambda p, x, i: jnp.einsum("bd,bdm->bm", x, p["w"][i])
 )
+case("repeated", W, (X,), ONE)(lambda p, x: x @ jnp.repeat(p["w"], 3, axis=1))
+case("tiled_heads", {"w": _array(D, H, K)}, (X,), {"w": ((0,), (1, 2), ())})(
+    lambda p, x: jnp.einsum("btd,dhk->bthk", x, jnp.repeat(p["w"], 2, axis=1))
+)
+case("gain_of_examples", W, (X, _array(B)), ONE)(
+    lambda p, x, s: jnp.matmul(x, jnp.broadcast_to(p["w"], (B, D, M)) * s[:, None, None])
+)
+case("gain_of_experts", {"w": _array(E, D, M), "g": _array(E, M)}, (_array(B, E, D),), {"w": ((1,), (2,), (0,))})(
+    lambda p, x: jnp.einsum("bed,edm->bem", x, p["w"] * p["g"][:, None])
+)
+case("gain_complex", W, (X,), ONE)(
+    lambda p, x: jnp.abs(x.astype(jnp.complex64) @ (p["w"].astype(jnp.complex64) * 1j) + 1.0)
+)
+case("divided", W, (X, jnp.float32(0.3)), ONE, exact_in_jit=False)(lambda p, x, s: x @ (p["w"] / s))
+case("fused_index", {"w": _array(D, 3 * K)}, (X, jnp.int32(1)), ONE)(
+    lambda p, x, i: jnp.tanh(x @ p["w"].reshape(D, 3, K)[:, i]) + x @ p["w"].reshape(D, 3, K)[:, 0]
+)
+case("single_columns", W, (X,), ONE)(lambda p, x: jnp.stack([jnp.sin(x @ p["w"][:, i]) for i in range(M)], -1))
+case("transposed_reshape", {"w": _array(H, D, K)}, (X,), {"w": ((1,), (0, 2), ())})(
+    lambda p, x: x @ lax.reshape(p["w"], (D, H * K), dimensions=(1, 0, 2))
+)
 case("named", W, (X,), ONE)(lambda p, x: x @ checkpoint_name(p["w"], "kernel"))
 case("barrier", W, (X,), ONE)(lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))))
 
@@ -181,6 +200,20 @@ case("lookup_scaled", TABLE, (IDS,), {"e": MATRIX}, exact_in_jit=False)(lambda p
 case("lookup_blocks", {"e": _array(V, H, K)}, (IDS,), {"e": ((0,), (1, 2), ())})(lambda p, i: jnp.tanh(p["e"][i]))
 case("tied", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jnp.tanh(p["e"][i]) @ p["e"].T)
 case("vmapped_lookup", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jax.vmap(lambda j: p["e"][j])(i))
+case("scalar_lookup", TABLE, (jnp.int32(5),), {"e": MATRIX})(lambda p, i: jnp.tanh(p["e"][i]))
+case("vmapped_scalar_lookup", TABLE, (IDS,), {"e": MATRIX})(
+    lambda p, i: jnp.tanh(jax.vmap(jax.vmap(lambda j: lax.dynamic_index_in_dim(p["e"], j, keepdims=False)))(i))
+)
+case("static_row", TABLE, (), {"e": MATRIX})(lambda p: jnp.tanh(p["e"][2]) * 2.0)
+case("lookup_in_layers", {"e": _array(L, V, D)}, (IDS,), {"e": ((1,), (2,), (0,))})(
+    lambda p, i: lax.scan(lambda c, e: (c + jnp.tanh(e[i]), None), jnp.zeros((B, T, D)), p["e"])[0]
+)
+case("row_in_layers", {"e": _array(L, V, D)}, (jnp.int32(5),), {"e": ((1,), (2,), (0,))})(
+    lambda p, i: lax.scan(lambda c, e: (c + jnp.tanh(e[i]), None), jnp.zeros(D), p["e"])[0]
+)
+case("lookup_per_example", {"e": _array(E, V, D)}, (jnp.array([3, 5]), jnp.array([1, 2])), {"e": ((1,), (2,), (0,))})(
+    lambda p, k, i: jnp.tanh(jax.vmap(lambda k, i: p["e"][k][i])(k, i))
+)
 case("one_hot", TABLE, (IDS,), {"e": MATRIX})(lambda p, i: jax.nn.one_hot(i, V) @ p["e"])
 
 # --- convolutions ----------------------------------------------------------------------------------------------------
@@ -270,6 +303,12 @@ case("cond", {"u": _array(D, M), "v": _array(D, M, seed=3)}, (X, jnp.array([True
 case("switch", STACK, (X, jnp.int32(1)), STACKED)(
     lambda p, x, i: lax.switch(i, [lambda x: x @ p["w"][0], lambda x: x @ p["w"][1] @ p["w"][3], lambda x: x], x)
 )
+case("scan_carried_through_calls", SQUARE, (X,), ONE)(
+    lambda p, x: lax.scan(
+        jax.jit(jax.checkpoint(lambda c, _: ((c[0], layer(c[0], c[1])), None))), (p["w"], x), None, length=3
+    )[0][1]
+)
+case("vmapped_conv", KERNEL, (IMAGE[None],), CONV)(lambda p, x: jax.vmap(lambda x: conv(p, x))(x))
 case("fori", SQUARE, (X,), ONE)(lambda p, x: lax.fori_loop(0, 3, lambda i, c: layer(p["w"], c), x))
 case("fori_indexed", STACK, (X,), STACKED)(lambda p, x: lax.fori_loop(0, L, lambda i, c: layer(p["w"][i], c), x))
 case("grad_inside", {"u": _array(D, M), "v": _array(M, K)}, (X,), {"u": MATRIX, "v": MATRIX})(

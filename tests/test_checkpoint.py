@@ -89,12 +89,55 @@ def test_refuses_to_overwrite_unless_told(folder):
 def test_leaves_other_folders_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("cat")
-    with pytest.raises(FileExistsError, match="something else than an adapter: it is left alone"):
+    with pytest.raises(FileExistsError, match="is not an adapter: it is left alone"):
         jlora.save(tmp_path / "photos", adapter(), overwrite=True)
     (tmp_path / "file").write_text("text")
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="is not an adapter"):
         jlora.save(tmp_path / "file", adapter(), overwrite=True)
     assert (tmp_path / "photos" / "cat.png").read_text() == "cat"
+
+
+def test_other_files_in_the_folder_are_kept(folder):
+    (folder / "README.md").write_text("mine")
+    jlora.save(folder, adapter(2), overwrite=True)
+    assert_same(jlora.load(folder), adapter(2))
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_loaded_adapter_is_placed_as_the_base_and_compiles_nothing(folder):
+    apply = jax.jit(jlora.wrap(net))
+    apply(PARAMS, adapter(3), X)
+    apply(PARAMS, jlora.load(folder, PARAMS), X)
+    apply(PARAMS, jlora.load(folder), X)
+    assert apply._cache_size() == 1
+    placed = jax.device_put(PARAMS, jax.devices()[0])
+    assert all(x.committed for x in jax.tree.leaves(jlora.load(folder, placed)))
+
+
+def test_arguments_in_another_order(folder):
+    with pytest.raises(TypeError, match="The folder of the adapter comes first"):
+        jlora.load(PARAMS, folder)
+    with pytest.raises(TypeError, match="The folder of the adapter comes first"):
+        jlora.save(adapter(), folder)
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jlora.save("~/mine", adapter(1))
+    assert_same(jlora.load(tmp_path / "mine"), adapter(1))
+
+
+def test_stacks_and_unknown_kinds_are_refused(tmp_path):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), {k: v for k, v in adapter().items() if k != "bias"})
+    for call in (lambda: jlora.save(tmp_path / "adapter", stacked), lambda: jlora.merge(PARAMS, stacked)):
+        with pytest.raises(ValueError, match=r"(?s)factor a of an adapter must have 2 axes.*got: 3 axes.*jax\.vmap"):
+            call()
+
+    class Odd(jlora.LowRank):
+        kind = "odd"
+
+    with pytest.raises(TypeError, match="can only save low-rank, full adapters"):
+        jlora.save(tmp_path / "adapter", {"up": Odd(**vars(adapter()["up"]))})
 
 
 def test_nothing_to_load(tmp_path):
@@ -151,6 +194,7 @@ def test_metadata_that_is_not_json(folder, text):
         (lambda d: d.update(arrays="arrays-gone"), "the folder arrays-gone is missing"),
         (lambda d: d["adapters"]["up"].update(kind="magic"), "kind 'magic'"),
         (lambda d: d["adapters"]["up"].update(scale=float("nan")), "damaged: scale is nan"),
+        (lambda d: d["adapters"]["up"].update(scale=3.0), "damaged: it was changed after it was written"),
         (lambda d: d["adapters"]["up"]["arrays"]["a"].update(shape=[4, 4]), "do not fit|another base|shape"),
     ],
 )

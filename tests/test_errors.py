@@ -91,6 +91,41 @@ def test_pattern_with_a_typo_names_the_nearest():
         init(jlora.LoRA(rank=1, targets=".*/dwon/.*"))
 
 
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("kernel", r"'\.\*kernel\.\*' would match head/kernel, mlp/down/kernel, mlp/up/kernel"),
+        ("all_linear", "Did you mean 'all-linear'"),
+    ],
+)
+def test_advice_on_targets(target, advice):
+    with pytest.raises(ValueError, match=advice):
+        init(jlora.LoRA(rank=1, targets=target))
+
+
+def test_paths_with_characters_of_regular_expressions():
+    params = {"w(1)": jnp.ones((3, 5)), "v+": jnp.ones((5, 7))}
+    sites = jlora.sites(lambda p, x: jnp.tanh(x @ p["w(1)"]) @ p["v+"], params, X)
+    assert list(jlora.init(KEY, params, sites, jlora.LoRA(rank=1, targets=["w(1)", "v+"]))) == ["w(1)", "v+"]
+
+
+def test_argument_of_the_name_that_apply_keeps():
+    with pytest.raises(ValueError, match=r"(?s)an argument 'dropout_key' of its own.*wrap\(lambda"):
+        jlora.wrap(lambda p, x, dropout_key=None: x)
+
+
+def test_merge_into_integers():
+    with pytest.raises(ValueError, match=r"merge\(dtype=\.\.\.\) must be a floating dtype"):
+        jlora.merge(PARAMS, init(jlora.LoRA(rank=1)), dtype=jnp.int8)
+
+
+def test_empty_leaf():
+    sites = jlora.sites(
+        lambda p, x: x @ p["w"] + p["z"].reshape(5, 0).sum(), {"w": jnp.ones((3, 5)), "z": jnp.ones((0, 5))}, X
+    )
+    assert sites.skipped["z"].reason == "it is empty"
+
+
 def test_predicate_that_accepts_nothing():
     with pytest.raises(ValueError, match="accepts none of 3 leaves"):
         init(jlora.LoRA(rank=1, targets=lambda site: site.kind == "conv"))
@@ -136,6 +171,12 @@ def test_lora_on_a_bias_names_the_operation_and_line():
         match=r"(?s)'mlp/up/bias' \(5,\) cannot be adapted: all of it is needed by add at .*test_errors.py:\d+ \(net\).*Full rule",
     ):
         init(jlora.LoRA(rank=1, targets="mlp/up/.*"))
+
+
+def test_starred_pattern_and_mixed_targets():
+    with pytest.raises(ValueError, match=r"Did you mean '\.\*/kernel'"):
+        jlora.LoRA(targets="*/kernel")
+    assert len(jlora.LoRA(targets={"a", len}).targets) == 2
 
 
 def test_rules_of_another_type():
@@ -282,7 +323,7 @@ GOES_DENSE = {
     "full-size mask": (lambda p, x: x @ (p["w"] * jnp.tri(3, 5)), "mul"),
     "product of weights": (lambda p, x: x @ p["w"] @ (p["w"].T @ p["w"]), "dot_general"),
     "custom_vjp": (lambda p, x: opaque(x, p["w"]), "custom_vjp_call"),
-    "returned": (lambda p, x: (x @ p["w"], p["w"]), "it is returned by the function"),
+    "returned": (lambda p, x: (x @ p["w"], p["w"]), "the function returns it"),
     "carried and changed": (lambda p, x: x @ lax.fori_loop(0, 2, lambda i, w: 2.0 * w, p["w"]), "carried and changed"),
     "returned from a branch": (lambda p, x: x @ lax.cond(x[0, 0] > 0, lambda w: w, lambda w: -w, p["w"]), "returned from a branch"),
     "returned from a scan": (lambda p, x: x @ lax.scan(lambda c, _: (c, p["w"]), 0.0, None, length=2)[1][0], "returned from its body"),
@@ -301,7 +342,9 @@ def test_dense_weight_is_refused_or_right(name):
     params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)), jnp.float32)}
     sites = jlora.sites(fn, params, X)
     assert "w" not in sites
-    with pytest.raises(ValueError, match=r"(?s)'w' \(3, 5\) cannot be adapted: .*test_errors.py:\d+|its output"):
+    with pytest.raises(
+        ValueError, match=r"(?s)'w' \(3, 5\) cannot be adapted: .*(test_errors.py:\d+|the function returns it)"
+    ):
         jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="w"))
     lora = jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="w", allow_dense=True))
     lora = jax.tree.map(lambda x: x + 0.5, lora)

@@ -324,7 +324,7 @@ def test_nnx_state_that_changes_is_not_lost():
     fn, params = jlora.nnx.split(Noisy(nnx.Rngs(0)))
     with pytest.raises(
         ValueError,
-        match=r"The call changes '(norm/mean|drop/rngs/count)\S*', which a pure function cannot.*\n.*mutable=True",
+        match=r"The call changes '(norm/mean|drop/rngs/count)\S*'.*which a pure function cannot.*\n.*mutable=True",
     ):
         fn(params, X)
     out, state = fn(params, X, mutable=True)
@@ -340,11 +340,60 @@ def test_nnx_state_that_changes_is_not_lost():
     np.testing.assert_array_equal(module.norm.mean[...], state["norm"]["mean"][...])
 
 
+class Writes(nnx.Module):
+    def __init__(self, rngs, what):
+        self.lin, self.what = nnx.Linear(D, M, rngs=rngs), what
+        self.norm = nnx.BatchNorm(M, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.lin(x)
+        if self.what == "sow":
+            self.y = nnx.Intermediate(y)
+        if self.what == "param":
+            self.lin.bias[...] = 2.0 * self.lin.bias[...] + 1.0
+        if self.what == "jit":
+            return nnx.jit(lambda m, x: m.norm(x))(self, y)
+        return self.norm(y)
+
+
+def test_nnx_calls_that_write():
+    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "sow"))
+    with pytest.raises(ValueError, match=r"The call changes 'y'"):
+        fn(params, X)
+    out, state = fn(params, X, mutable=True)
+    assert state["y"][...].shape == out.shape
+    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "param"))
+    with pytest.raises(ValueError, match=r"The call writes the parameter 'lin/bias'"):
+        fn(params, X, mutable=True)
+    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "jit"))
+    assert fn(params, X).shape == (*X.shape[:-1], M)
+
+
 def test_nnx_wrong_arguments():
     with pytest.raises(TypeError, match=r"split takes an nnx.Module"):
         jlora.nnx.split(Net())
     with pytest.raises(TypeError, match=r"merge takes the function that jlora\.nnx\.split returned"):
         jlora.nnx.merge(lambda p: p, {})
+
+
+# --- loops that end at different times -----------------------------------------------------------------------------
+
+
+def test_while_loop_under_vmap():
+    """Without a reverse derivative, so it is no row of the table: each example turns as often as it needs."""
+
+    def fn(params, x):
+        return jax.vmap(
+            lambda x: jax.lax.while_loop(lambda s: (s**2).sum() < 1e3, lambda s: 2.0 * s + jnp.tanh(s @ params["w"]), x)
+        )(x)
+
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((D, D)), jnp.float32)}
+    x = jnp.arange(1.0, 5.0)[:, None] * jnp.ones((4, D))
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, x), jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda f: f + 0.3, lora)
+    got, expected = jlora.wrap(fn)(params, lora, x), fn(jlora.merge(params, lora), x)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    assert len({float(v) for v in (got**2).sum(axis=1).round()}) > 1
 
 
 # --- properties ------------------------------------------------------------------------------------------------------

@@ -64,6 +64,12 @@ def test_labels_and_trainable():
         jlora.freeze(1e-3)
 
 
+def test_labels_of_a_masked_adapter():
+    """A factor that was masked out leaves the other with its own label."""
+    lora = {"w": jlora.LowRank(**{**vars(fresh()["up/kernel"]), "a": None})}
+    assert jlora.labels(lora)["w"].b == "b"
+
+
 @pytest.mark.parametrize(
     "tx",
     [

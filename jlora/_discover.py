@@ -136,10 +136,10 @@ class Finder:
         for old in {source for source in flow if len(source) > 1}:
             self.merge(seen, old, eqn)
         took = union(seen.axes[d] for d in chosen)
-        if name == "gather" and len(union(seen.axes) - took) < 2:  # what is left is no matrix: rows of a table
+        if name == "gather" and took and len(union(seen.axes) - took) < 2:  # what is left is no matrix: rows of a table
             self.record(seen, name, "lookup", took, seen.picked - took)
             return [Value(None, reach | {Source(seen.path, lookup=True)})]
-        rows = took if name == "gather" or (took and len(union(seen.axes) - took) < 2) else seen.rows
+        rows = took if took and (name == "gather" or len(union(seen.axes) - took) < 2) else seen.rows
         axes = tuple(union(seen.axes[d] for d in source if d not in chosen) for source in flow)
         return [Value(Seen(seen.path, axes, v.aval.shape, seen.picked | took, rows), reach) for v in eqn.outvars]
 

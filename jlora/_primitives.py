@@ -116,7 +116,7 @@ def picked(eqn: Eqn, shape: Sequence[int]) -> Labels | None:
         mapped = {d for d in numbers.start_index_map if not (safe and sizes[d] == shape[d])}
         indexed = {*mapped, *numbers.operand_batching_dims}
         whole = all(n == (1 if d in indexed else shape[d]) for d, n in enumerate(sizes))
-        return tuple(sorted(indexed)) if whole and mapped else None
+        return tuple(sorted(indexed)) if whole else None
     return ()
 
 

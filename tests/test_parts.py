@@ -1,9 +1,11 @@
 """Discovery, initial values, merging, shardings and NNX, beyond what the laws say."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import textwrap
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -199,6 +201,45 @@ def test_summary_counts():
     total = sum(x.size for x in jax.tree.leaves(PARAMS))
     assert f"3 leaves, {48 + 48 + 11} trained of {total} parameters" in text
     assert text == jlora.summary(jax.eval_shape(lambda: PARAMS), lora)
+
+
+# --- a kind of one's own ---------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows(jlora.Adapter):
+    """An update that adds one trained vector to every row of a matrix."""
+
+    kind: ClassVar[str] = "rows"
+    labels: ClassVar[dict[str, str]] = {"row": "row"}
+    row: jax.Array
+    rows: int = dataclasses.field(metadata={"static": True})
+
+    def delta(self, w):
+        return jnp.broadcast_to(self.row[None], self.shape)
+
+    @property
+    def shape(self):
+        return (self.rows, *self.row.shape)
+
+
+def test_a_kind_of_ones_own():
+    """It need only know its update and its shape; the program, merging, labels and masks follow."""
+
+    def net(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    params, x = {"w": jnp.ones((3, 5))}, jnp.ones((2, 3))
+    lora = {"w": Rows(jnp.arange(5.0), 3)}
+    expected = net({"w": jnp.ones((3, 5)) + jnp.arange(5.0)[None]}, x)
+    np.testing.assert_allclose(jlora.wrap(net)(params, lora, x), expected, rtol=1e-6)
+    np.testing.assert_allclose(net(jlora.merge(params, lora), x), expected, rtol=1e-6)
+    assert jlora.labels({"base": params, "lora": lora})["lora"]["w"].row == "row"
+    with pytest.raises(TypeError, match="Adapter does not define shape"):
+        jlora.wrap(net)(params, {"w": jlora.Adapter()}, x)
+    with pytest.raises(TypeError, match="Adapter does not define delta"):
+        jlora.Adapter().delta(None)
 
 
 # --- shardings -------------------------------------------------------------------------------------------------------

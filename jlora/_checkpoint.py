@@ -190,9 +190,9 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     arrays = path / str(description.get("arrays", ""))
     _verify(arrays, description)
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = _as_tree(target)
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local if x.sharding is None else x.sharding),
-        _as_tree(target),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local if x.sharding is None else x.sharding), wanted
     )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -200,9 +200,7 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
         except (KeyError, TypeError) as error:
             raise ValueError(f"The arrays in {arrays} do not fit their description: {error}.") from None
     # Where nobody said where the base lives, neither is it said here: else exchanging adapters would compile again.
-    found = jax.tree.map(
-        lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), found, _as_tree(target)
-    )
+    found = jax.tree.map(lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), found, wanted)
     return {
         leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [found[_key(i)][name] for name in adapter.labels])
         for i, (leaf_path, adapter) in enumerate(sorted(target.items()))

@@ -109,7 +109,7 @@ class Finder:
         for i in positions[:-1]:
             self.dense(values[i], f"{name} with another weight")
         seen = values[position].view
-        use = USES[name](eqn, position, len(seen.axes)) if seen is not None else None
+        use = USES[name](eqn, position) if seen is not None else None
         if seen is None or use is None:
             self.dense(values[position], name)
             return [Value(None, _reach(values))]

@@ -103,15 +103,19 @@ class Factored:
         return None
 
     @property
-    def is_row(self) -> bool:
-        """Whether this is a row of a table: one factor has come down to its rank axis, so that the value is thin in itself."""
-        return any(labels == (RANK,) for labels in self.labels[:2])
+    def row(self) -> int | None:
+        """Which factor, if any, has come down to its rank axis: then this is a row of a table, thin in itself."""
+        return next((i for i in (0, 1) if self.labels[i] == (RANK,)), None)
 
-    def row(self, use: int) -> jax.Array:
-        """The value of a row: activations, with dropout of the adapter branch on the factor that was looked up."""
-        i = 0 if self.labels[0] == (RANK,) else 1
-        looked_up = self.dropout(self.parts[i], use)
-        return replace(self, parts=(looked_up, self.parts[1 - i]), labels=(self.labels[i], self.labels[1 - i])).dense()
+    def rows(self, picked: int, use: int) -> jax.Array:
+        """The value as activations, rows of a table that were picked along the axes of factor ``picked``.
+
+        Made in the dtype the model computes in; dropout of the adapter branch acts on the factor that was picked.
+        """
+        (p, pl), (q, ql) = ((self.parts[i].astype(self.w.dtype), self.labels[i]) for i in (picked, 1 - picked))
+        out = tuple(range(len(self.shape)))
+        t, labels = contract((self.dropout(p, use), pl), (q, ql), set(out), out, None, self.w.dtype, None)
+        return self.w + _arrange(t, labels, out, self.shape)
 
     def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
         """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""

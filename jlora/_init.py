@@ -13,7 +13,7 @@ import numpy as np
 from jlora import _jax, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._rules import Full, LoRA, Rule, assign
-from jlora._sharding import factor_specs
+from jlora._sharding import shardings
 from jlora._sites import Site, Sites
 
 
@@ -86,10 +86,6 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"Full needs the values of '{site.path}' to start from.\n  got: only its shape and dtype")
         return FullWeight(jnp.array(leaf, dtype=dtype, copy=True), sites.base)
-    if not site.inputs:  # allow_dense on a leaf without any product: any split into two sides will do
-        site = Site(
-            site.path, site.shape, site.dtype, site.kind, tuple(range(len(site.shape) - 1)), (len(site.shape) - 1,)
-        )
     sizes = [tuple(site.shape[d] for d in group) for group in (site.batch, site.inputs, site.outputs)]
     batch, inputs, outputs = sizes
     shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
@@ -97,18 +93,18 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
     def adapter(a: Any, b: Any) -> LowRank:
         return LowRank(a, b, site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
 
-    where = _born(leaf, adapter(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())))
+    where = _born(leaf, adapter(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())), site.path)
     fan_in = 1 if site.kind == "lookup" else prod(inputs)
     a = _fill_a(fold_path(key, site.path), rule, shapes["a"], dtype, fan_in, where["a"])
     return adapter(a, _fill_b(shapes["b"], dtype, where["b"]))
 
 
-def _born(leaf: Any, adapter: LowRank) -> dict[str, Any]:
+def _born(leaf: Any, shell: LowRank, path: str) -> dict[str, Any]:
+    """Where the factors go: as the leaf's sharding implies if it is split over a mesh, else where JAX puts them."""
     sharding = getattr(leaf, "sharding", None) if not isinstance(leaf, jax.core.Tracer) else None
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return {"a": None, "b": None}
-    axes = (*sharding.spec, *(None,) * (len(adapter.shape) - len(sharding.spec)))
-    return {name: jax.sharding.NamedSharding(sharding.mesh, spec) for name, spec in factor_specs(adapter, axes).items()}
+    return shardings({path: shell}, {path: sharding})[path].arrays()
 
 
 def _fill_a(key: jax.Array, rule: LoRA, shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Any) -> jax.Array:

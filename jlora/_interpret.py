@@ -80,8 +80,8 @@ class Interpreter:
         """``value`` as an array; raises if it is a factored weight and that is not allowed."""
         if not isinstance(value, Factored):
             return value
-        if value.is_row:
-            return value.row(self.count(value.branch.path))
+        if value.row is not None:
+            return value.rows(value.row, self.count(value.branch.path))
         if not self.allow_dense:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             raise DenseWeightError(

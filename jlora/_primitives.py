@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Factored, Labels, contract, mesh_axes, reshape_groups, scale_part
+from jlora._factored import RANK, Factored, Labels, mesh_axes, reshape_groups, scale_part
 
 Flow = list[Labels]
 Eqn = Any
@@ -131,19 +131,19 @@ def gain_axes(eqn: Eqn, position: int, shape: Sequence[int]) -> Labels | None:
 # --- Uses: what a product sums over ----------------------------------------------------------------------------------
 
 
-def _dot_use(eqn: Eqn, position: int, ndim: int) -> Use | None:
+def _dot_use(eqn: Eqn, position: int) -> Use | None:
     contracted, batch = eqn.params["dimension_numbers"]
     return Use("linear", tuple(contracted[position]), tuple(batch[position]))
 
 
-def _conv_use(eqn: Eqn, position: int, ndim: int) -> Use | None:
+def _conv_use(eqn: Eqn, position: int) -> Use | None:
     if position == 0 or eqn.params["batch_group_count"] != 1:
         return None
     _, summed, *spatial = eqn.params["dimension_numbers"].rhs_spec
     return Use("conv", (summed, *spatial), ())
 
 
-USES: dict[str, Callable[[Eqn, int, int], Use | None]] = {"dot_general": _dot_use, "conv_general_dilated": _conv_use}
+USES: dict[str, Callable[[Eqn, int], Use | None]] = {"dot_general": _dot_use, "conv_general_dilated": _conv_use}
 
 
 # --- Evaluation on a factored value ----------------------------------------------------------------------------------
@@ -258,13 +258,7 @@ def _take(eqn: Eqn, values: Sequence[Any], use: int) -> Any:
     taken = f.map_parts(w, take)
     if set(chosen) <= set(f.labels[0]) & set(f.labels[1]) | _units(f):
         return taken
-    first = 0 if set(chosen) & set(f.labels[0]) else 1
-    out = tuple(range(w.ndim))
-    dtype = w.dtype
-    row = (taken.dropout(taken.parts[first], use).astype(dtype), taken.labels[first])
-    other = (taken.parts[1 - first].astype(dtype), taken.labels[1 - first])
-    update = _product(row, other, out, w, None)
-    return w + update
+    return taken.rows(0 if set(chosen) & set(f.labels[0]) else 1, use)
 
 
 def _units(f: Factored) -> set[int]:
@@ -277,12 +271,6 @@ def _index_of(numbers: Any, indices: jax.Array, axis: int) -> jax.Array:
         return indices[..., numbers.start_index_map.index(axis)]
     along = numbers.start_indices_batching_dims[numbers.operand_batching_dims.index(axis)]
     return lax.broadcasted_iota(indices.dtype, indices.shape[:-1], along)
-
-
-def _product(left: Any, right: Any, out: Labels, like: jax.Array, precision: Any) -> jax.Array:
-    product, labels = contract(left, right, set(out), out, precision, like.dtype, None)
-    product = jnp.transpose(product, [labels.index(d) for d in out if d in labels])
-    return lax.broadcast_in_dim(product, like.shape, [i for i, d in enumerate(out) if d in labels])
 
 
 def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:

@@ -127,11 +127,7 @@ def assign(rules: Rule | Iterable[Rule], sites: Sites) -> dict[str, tuple[Rule, 
                 f"Earlier rules took every match of {_name(rule)}: it would have no effect.\n  matches: {_paths.listing(list(found))}"
             )
         taken |= new
-    over = [
-        (site, rule.rank)
-        for rule, site in taken.values()
-        if isinstance(rule, LoRA) and site.inputs and rule.rank > site.max_rank
-    ]
+    over = [(site, rule.rank) for rule, site in taken.values() if isinstance(rule, LoRA) and rule.rank > site.max_rank]
     if over:
         site, rank = over[0]
         more = f" and {len(over) - 1} more" if len(over) > 1 else ""

@@ -27,7 +27,7 @@ class Site:
         kind: ``linear`` (a matrix product), ``conv``, ``lookup`` (rows of a table), several joined by ``+`` (a tied embedding is
             ``linear+lookup``), ``dense`` (a use that needs all of it) or ``unused``.
         inputs: Axes that a product sums over, or that a lookup picks rows along.
-        outputs: Axes that remain.
+        outputs: Axes that remain; of a leaf without any product the last axis.
         batch: Axes along which every slice is a weight of its own: layers of a scan, experts.
         uses: Every use found.
         head: Whether it is an output head: an output of the function depends on other weights only through it.
@@ -106,7 +106,7 @@ class Sites(Mapping[str, Site]):
         return text
 
 
-RETURNED = "the function returns it"
+RETURNED = "the function returns it; in Flax, name what may change: mutable=['batch_stats'], not mutable=True"
 
 
 def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> Sites:
@@ -138,7 +138,7 @@ def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> 
     """
     if not callable(fn):
         raise TypeError(f"sites takes the function first: sites(fn, params, *args).\n  got: {type(fn).__name__} as fn")
-    call = trace_call(fn, params, args, kwargs)
+    call = trace_call(fn, _paths.flatten(params), args, kwargs)
     finder = Finder()
     leaves = [leaf(path, x) for path, x in zip(call.paths, call.leaves, strict=True)]
     outs = finder.run(call.program, [*leaves, *(Value() for _ in call.arrays)])
@@ -159,8 +159,12 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
     if any(use.kind == "dense" for use in uses) or not uses:
         kind = "dense" if uses else "unused"
     linear = [record for record in records if record.use.kind != "dense"]
-    inputs, outputs, batch = _roles(len(shape), linear) if linear else ((), tuple(range(len(shape))), ())
-    reason = _reason(path, shape, dtype, records, (inputs, outputs, batch), finder)
+    roles = _roles(len(shape), linear) if linear else ((), (), ())
+    reason = _reason(path, shape, dtype, records, roles, finder)
+    if not (roles[0] and roles[1]):  # no product tells: with allow_dense any split into two sides will do
+        axes = tuple(range(len(shape)))
+        roles = axes[:-1], axes[-1:], ()
+    inputs, outputs, batch = roles
     return Site(path, tuple(shape), dtype, kind, inputs, outputs, batch, uses, head, reason)
 
 
@@ -185,7 +189,7 @@ def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[Record], 
         return "the function does not use it"
     dense = [r.use for r in records if r.use.kind == "dense"]
     if any(use.operation == RETURNED for use in dense):
-        return f"{RETURNED} (in Flax, name what may change: mutable=['batch_stats'], not mutable=True)"
+        return RETURNED
     if dense:
         first = f"{dense[0].operation} at {dense[0].where}"
         return f"all of it is needed by {first}" + (f" and {len(dense) - 1} more" if len(dense) > 1 else "")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora import _jax, _paths
+from jlora import _jax
 
 
 class Call(NamedTuple):
@@ -35,12 +35,17 @@ def is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
 
 
-def trace_call(fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Traces ``fn(params, *args, **kwargs)`` without computing anything; leaves may be ``jax.ShapeDtypeStruct``s."""
-    paths, leaves, tree = _paths.flatten(params)
+def trace_call(
+    fn: Callable[..., Any], params: tuple[list[str], list[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Call:
+    """Traces ``fn(params, *args, **kwargs)`` without computing anything.
+
+    ``params`` come as ``_paths.flatten`` gives them; leaves may be ``jax.ShapeDtypeStruct``s.
+    """
+    paths, leaves, tree = params
     if not leaves:
         raise ValueError(
-            f"The parameter tree has no leaves.\n  got: {type(params).__name__}\n  Pass the parameters second: (fn, params, ...)."
+            f"The parameter tree has no leaves.\n  got: {tree}\n  Pass the parameters second: (fn, params, ...)."
         )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf) and not isinstance(leaf, int | float | complex):

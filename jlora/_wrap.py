@@ -15,6 +15,7 @@ from jlora._adapters import Adapter
 from jlora._factored import Branch
 from jlora._init import as_key, fold_path
 from jlora._interpret import Interpreter
+from jlora._sites import RETURNED
 from jlora._trace import trace_call
 
 
@@ -68,11 +69,11 @@ def wrap(
     @functools.wraps(fn, updated=())
     def apply(params: Any, lora: Mapping[str, Adapter], /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
         check_lora(lora, params)
-        paths, leaves, _ = _paths.flatten(params)
-        check_base(lora, paths, leaves)
+        flat = _paths.flatten(params)
+        check_base(lora, *flat[:2])
         if dropout_key is not None:
             dropout_key = as_key(dropout_key, "dropout_key must be one PRNG key.")
-        call = trace_call(fn, params, args, kwargs)
+        call = trace_call(fn, flat, args, kwargs)
         leaves = call.leaves if train_base else _freeze(call.leaves, lora)
         _check_read(lora, call)
         entered = [
@@ -81,8 +82,7 @@ def wrap(
         ]
         interpreter = Interpreter(allow_dense=dense == "allow")
         outs = interpreter.run(call.program, [*entered, *call.arrays])
-        returned = "the function returns it; in Flax, name what may change: mutable=['batch_stats'], not mutable=True"
-        outs = [interpreter.dense(out, returned) for out in outs]
+        outs = [interpreter.dense(out, RETURNED) for out in outs]
         return jax.tree_util.tree_unflatten(call.out_tree, outs)
 
     # The signature and documentation of fn no longer hold: apply takes the adapter second.

@@ -158,6 +158,13 @@ def test_rank_above_the_smaller_side():
         init(jlora.LoRA(rank=4, targets="mlp/.*/kernel"))
 
 
+def test_rank_above_the_smaller_side_of_a_leaf_without_product():
+    params = {"w": jnp.ones((6, 8))}
+    sites = jlora.sites(lambda p, x: (jnp.sin(p["w"]) * x).sum(), params, jnp.ones(()))
+    with pytest.raises(ValueError, match="Rank 7 is above 6"):
+        jlora.init(KEY, params, sites, jlora.LoRA(rank=7, targets="w", allow_dense=True))
+
+
 def test_targets_without_effect():
     with pytest.raises(ValueError, match="Training 'spare/kernel' would have no effect: the function does not use it"):
         init(jlora.LoRA(rank=1, targets="spare/kernel"))

@@ -268,6 +268,20 @@ def test_shardings_follow_the_base():
     assert set(jax.tree.leaves(one)) == {jax.tree.leaves(case.params)[0].sharding}
 
 
+def test_shardings_of_an_inner_jit_are_kept():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, P("d"))
+
+    def fn(params, x):
+        return jax.jit(lambda w, x: x @ w, in_shardings=(None, sharding), out_shardings=sharding)(params["w"], x)
+
+    params, x = {"w": jnp.ones((D, M))}, jnp.ones((2, D))
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, x), jlora.LoRA(rank=2, targets="w"))
+    program = str(jax.make_jaxpr(jlora.wrap(fn))(params, lora, x))
+    assert program.count("sharding_constraint") == 2
+    np.testing.assert_array_equal(jax.jit(jlora.wrap(fn))(params, lora, x), fn(params, x))
+
+
 SHARDED = """
     import jax, jax.numpy as jnp, numpy as np, jlora
     from jax.sharding import NamedSharding, PartitionSpec as P, AxisType

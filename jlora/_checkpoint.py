@@ -197,8 +197,8 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             found = checkpointer.restore(arrays, shapes)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The arrays in {arrays} do not fit their description: {error}.") from None
+        except ValueError as error:
+            raise ValueError(f"The arrays in {arrays} do not fit their description.\n  {error}") from None
     # Where nobody said where the base lives, neither is it said here: else exchanging adapters would compile again.
     found = jax.tree.map(lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), found, wanted)
     return {

@@ -1,5 +1,6 @@
 """Saved adapters: what they carry, what they refuse, and that no failure loses the last good one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -205,6 +206,18 @@ def test_damaged_description(folder, change, message):
     file.write_text(json.dumps(description))
     with pytest.raises(ValueError, match=message):
         jlora.load(folder, PARAMS)
+
+
+def test_description_that_was_rewritten_with_its_digest(folder):
+    """The digest finds damage, not intent: whoever rewrites it still meets the arrays."""
+    file = folder / "adapter.json"
+    description = json.loads(file.read_text())
+    del description["digest"]
+    description["adapters"]["another"] = description["adapters"]["bias"]
+    description["digest"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="do not fit their description"):
+        jlora.load(folder)
 
 
 def test_every_damaged_file_is_found(folder, tmp_path):

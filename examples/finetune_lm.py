@@ -29,6 +29,7 @@ import llama
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from fetch import FetchError
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
@@ -446,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stop as stop:
         console.print(escape(str(stop)), style="yellow" if stop.code == 130 else "red")
         return stop.code
-    except (assets.FetchError, OSError) as error:
+    except (FetchError, OSError) as error:
         console.print(escape(str(error)), style="red")
         return 1
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _jax
-from jlora._primitives import USES, VIEWS, gain_axes, picked
+from jlora._primitives import JOINS, USES, VIEWS, gain_axes, picked
 
 Axes = frozenset[int]
 NONE: Axes = frozenset()
@@ -37,16 +37,21 @@ class Seen(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What an activation came out of last: a product with the leaf at ``path``, or a lookup in it."""
+    """What an activation came out of last: a product with the leaves at ``paths``, or a lookup in them."""
 
-    path: str
+    paths: tuple[str, ...]
     lookup: bool
 
 
 class Value(NamedTuple):
-    """A value of the abstract run: a view of a leaf or an activation, and the uses of leaves it depends on with no other between."""
+    """A value of the abstract run: a view of a leaf (of several, where they were joined) or an activation.
 
-    view: Seen | None = None
+    Attributes:
+        views: One for each leaf; none for an activation.
+        reach: The uses of leaves that the value depends on with no other use between.
+    """
+
+    views: tuple[Seen, ...] = ()
     reach: frozenset[Source] = frozenset()
 
 
@@ -60,13 +65,19 @@ def leaf(path: str, leaf: Any) -> Value:
     shape = np.shape(leaf)
     if 0 in shape or not jnp.issubdtype(lax.dtype(leaf), jnp.inexact):
         return Value()
-    return Value(Seen(path, tuple(frozenset([d]) for d in range(len(shape))), shape))
+    return Value((Seen(path, tuple(frozenset([d]) for d in range(len(shape))), shape),))
 
 
 class Finder:
-    """The abstract run, and what it found: records of uses, groups of axes that must play one role, and leaves that feed others."""
+    """The abstract run, and what it found: records of uses, groups of axes that must play one role, and leaves that feed others.
 
-    def __init__(self) -> None:
+    Args:
+        data: The variables of the program that depend on the call's arguments. What is made of parameters and constants alone stays a
+            weight where data would make it an activation: a sum with it, rows picked by it.
+    """
+
+    def __init__(self, data: frozenset[Any]) -> None:
+        self.data = data
         self.records: dict[str, dict[Any, Record]] = {}
         self.merged: dict[str, dict[Axes, str]] = {}
         self.fed: set[Source] = set()
@@ -89,9 +100,17 @@ class Finder:
         name = eqn.primitive.name
         if name in _BODIES:
             return _BODIES[name](self, eqn, values)
-        positions = [i for i, v in enumerate(values) if v.view is not None]
-        if positions and name in USES:
+        positions = [i for i, v in enumerate(values) if v.views]
+        if not positions:
+            if name in USES and len(_reach(values)) > 1:  # a product of two activations, as in attention
+                self.fed |= _reach(values)
+            return [Value((), _reach(values))] * len(eqn.outvars)
+        if name in USES:
             return self.product(eqn, values, positions)
+        if name in JOINS:
+            out = self.join(eqn, values, positions)
+            if out is not None:
+                return out
         for i in positions if name == "mul" else positions[:1] if positions[:1] == [0] else ():
             out = self.view(eqn, values, i) if name in VIEWS else None
             if out is not None:
@@ -101,30 +120,66 @@ class Finder:
                 return out
         for i in positions:
             self.dense(values[i], name)
-        return [Value(None, _reach(values))] * len(eqn.outvars)
+        return [Value((), _reach(values))] * len(eqn.outvars)
+
+    def depends(self, atom: Any) -> bool:
+        """Whether an input of an equation depends on the call's arguments."""
+        return not _jax.is_literal(atom) and atom in self.data
 
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
         name, position = eqn.primitive.name, positions[-1]
         for i in positions[:-1]:
             self.dense(values[i], f"{name} with another weight")
-        seen = values[position].view
-        use = USES[name](eqn, position) if seen is not None else None
-        if seen is None or use is None:
+        use = USES[name](eqn, position)
+        if use is None:
             self.dense(values[position], name)
-            return [Value(None, _reach(values))]
-        inputs, batch = (union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
-        # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
-        self.record(seen, name, use.kind, inputs, (batch | (seen.picked - union(seen.axes))) - inputs)
+            return [Value((), _reach(values))]
+        for seen in values[position].views:
+            inputs, batch = (union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
+            # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
+            self.record(seen, name, use.kind, inputs, (batch | (seen.picked - union(seen.axes))) - inputs)
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
-        return [Value(None, frozenset([Source(seen.path, lookup=False)]))]
+        paths = tuple(sorted({seen.path for seen in values[position].views}))
+        return [Value((), frozenset([Source(paths, lookup=False)]))]
+
+    def join(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value] | None:
+        """One weight made of several, or ``None`` where data is among them."""
+        (out,), views = eqn.outvars, []
+        if any(self.depends(v) for i, v in enumerate(eqn.invars) if i not in positions):
+            return None
+        for i in positions:
+            flow = JOINS[eqn.primitive.name](eqn, eqn.invars[i].aval.shape)
+            if len(flow) != out.aval.ndim or (
+                eqn.primitive.name in _SUMS and eqn.invars[i].aval.shape != out.aval.shape
+            ):
+                return None
+            views += [
+                seen._replace(axes=tuple(union(seen.axes[d] for d in source) for source in flow), shape=out.aval.shape)
+                for seen in values[i].views
+            ]
+        return [Value(tuple(dict.fromkeys(views)), _reach(values))]
 
     def view(self, eqn: Any, values: list[Value], position: int) -> list[Value] | None:
         """A view of a view, or ``None`` if the result is no weight any more."""
-        seen, name, reach = values[position].view, eqn.primitive.name, _reach(values)
-        if seen is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        reach = _reach(values)
+        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
             return None
-        chosen = picked(eqn, seen.shape)
+        made = [self.see(eqn, position, seen) for seen in values[position].views]
+        if any(new is None for new in made):
+            return None
+        rows = [(seen, took) for seen, (_, took) in zip(values[position].views, made, strict=True) if took]
+        if rows:
+            for seen, took in rows:
+                self.record(seen, eqn.primitive.name, "lookup", took, seen.picked - took)
+            return [Value((), reach | {Source(tuple(sorted({seen.path for seen, _ in rows})), lookup=True)})]
+        return [
+            Value(tuple(dict.fromkeys(new._replace(shape=v.aval.shape) for new, _ in made)), reach) for v in eqn.outvars
+        ]
+
+    def see(self, eqn: Any, position: int, seen: Seen) -> tuple[Seen, Axes] | None:
+        """What a view primitive makes of one leaf's view, and the axes along which it looks up rows, if that is all it does."""
+        name, chosen = eqn.primitive.name, picked(eqn, seen.shape)
         if chosen is None:
             return None
         if name in ("mul", "div"):
@@ -135,13 +190,18 @@ class Finder:
         flow = VIEWS[name](eqn, seen.shape)
         for old in {source for source in flow if len(source) > 1}:
             self.merge(seen, old, eqn)
-        took = union(seen.axes[d] for d in chosen)
-        if name == "gather" and took and len(union(seen.axes) - took) < 2:  # what is left is no matrix: rows of a table
-            self.record(seen, name, "lookup", took, seen.picked - took)
-            return [Value(None, reach | {Source(seen.path, lookup=True)})]
-        rows = took if took and (name == "gather" or len(union(seen.axes) - took) < 2) else seen.rows
+        took, rest = (union(axes) for axes in _parted(seen.axes, chosen))
         axes = tuple(union(seen.axes[d] for d in source if d not in chosen) for source in flow)
-        return [Value(Seen(seen.path, axes, v.aval.shape, seen.picked | took, rows), reach) for v in eqn.outvars]
+        if name == "gather" and took:
+            new = [j for j in range(len(flow)) if j not in eqn.params["dimension_numbers"].offset_dims]
+            if new and not self.depends(eqn.invars[1]):
+                # An index that no argument decides puts slices in another order: a weight still, if something multiplies it.
+                axes = tuple(took if j in new else group for j, group in enumerate(axes))
+                return seen._replace(axes=axes, rows=seen.rows if len(rest - took) > 1 else took), NONE
+            if len(rest - took) < 2:  # what is left is no matrix
+                return seen, took
+        rows = took if took and (name == "gather" or len(rest - took) < 2) else seen.rows
+        return seen._replace(axes=axes, picked=seen.picked | took, rows=rows), NONE
 
     def merge(self, seen: Seen, axes: Sequence[int], eqn: Any) -> None:
         """Notes that the leaf's axes under ``axes`` must all be inputs or all be outputs."""
@@ -160,12 +220,14 @@ class Finder:
 
     def dense(self, value: Value, operation: str) -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
-        seen = value.view
-        if seen is not None:
+        for seen in value.views:
             if seen.rows:
                 self.record(seen, operation, "lookup", seen.rows, seen.picked - seen.rows)
             else:
                 self.record(seen, operation, "dense", NONE, NONE)
+
+
+_SUMS = ("add", "add_any", "sub")
 
 
 def _inline(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
@@ -176,11 +238,25 @@ def _barrier(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     return values
 
 
+def _shard_map(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
+    """Inside, a value has the shape of one device's part of it."""
+    body = _jax.subprogram(eqn)
+    shapes = [v.aval.shape for v in body.jaxpr.invars]
+    inside = [
+        v._replace(views=tuple(seen._replace(shape=shape) for seen in v.views))
+        for v, shape in zip(values, shapes, strict=True)
+    ]
+    outs = finder.run(body, inside)
+    for out in outs:
+        finder.dense(out, "shard_map (returned from its body)")
+    return [Value((), out.reach) for out in outs]
+
+
 def _scan(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     s = _jax.scan(eqn)
     head = s.num_consts + s.num_carry
     consts, carry, xs = values[: s.num_consts], values[s.num_consts : head], values[head:]
-    slices = [v if v.view is None else v._replace(view=_slice(v.view)) for v in xs]
+    slices = [v._replace(views=tuple(map(_slice, v.views))) for v in xs]
     forwarded = _jax.forwarded(s.body, s.num_consts, s.num_carry)
 
     def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
@@ -190,7 +266,7 @@ def _scan(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     carried, ys = _loop(finder, eqn, carry, forwarded, body)
     for y in ys:
         finder.dense(y, "scan (returned from its body)")
-    return [*carried, *(y._replace(view=None) for y in ys)]
+    return [*carried, *(y._replace(views=()) for y in ys)]
 
 
 def _while(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
@@ -213,7 +289,7 @@ def _loop(
     for i, v in enumerate(carry):
         if i not in forwarded:
             finder.dense(v, f"{eqn.primitive.name} (carried and changed)")
-    carry = [v if i in forwarded else v._replace(view=None) for i, v in enumerate(carry)]
+    carry = [v if i in forwarded else v._replace(views=()) for i, v in enumerate(carry)]
     while True:
         outs, ys = body(carry)
         for i, out in enumerate(outs):
@@ -223,7 +299,7 @@ def _loop(
         if grown == carry:
             # After the last turn a carry depends on what the body makes of it; the initial value only matters without any turn.
             return [
-                v if i in forwarded else Value(None, out.reach)
+                v if i in forwarded else Value((), out.reach)
                 for i, (v, out) in enumerate(zip(carry, outs, strict=True))
             ], ys
         carry = grown
@@ -233,16 +309,22 @@ def _cond(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     results = [finder.run(branch, values[1:]) for branch in _jax.branches(eqn)]
     for out in (out for result in results for out in result):
         finder.dense(out, "cond (returned from a branch)")
-    return [Value(None, _reach([values[0], *outs])) for outs in zip(*results, strict=True)]
+    return [Value((), _reach([values[0], *outs])) for outs in zip(*results, strict=True)]
 
 
 _BODIES: dict[str, Callable[[Finder, Any, list[Value]], list[Value]]] = {
     **dict.fromkeys(_jax.CALLS, _inline),
     "optimization_barrier": _barrier,
+    "shard_map": _shard_map,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
 }
+
+
+def _parted(axes: tuple[Axes, ...], chosen: Sequence[int]) -> tuple[list[Axes], list[Axes]]:
+    """Axes in ``chosen``, and the others."""
+    return [axes[d] for d in chosen], [group for d, group in enumerate(axes) if d not in chosen]
 
 
 def _slice(seen: Seen) -> Seen:

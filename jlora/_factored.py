@@ -46,15 +46,17 @@ class Factored:
         parts: ``(a, b)``, and after them the dropout keys of the batch axes, if any: an array whose labels have no ``RANK``.
         labels: For each part, the label of each of its axes.
         branch: Static facts of the adapted leaf.
+        picked: Which factor, 0 or 1, rows were picked of by an index: if nothing multiplies the value, they are rows of a table.
     """
 
     w: jax.Array
     parts: tuple[jax.Array, ...]
     labels: tuple[Labels, ...]
     branch: Branch
+    picked: int | None = None
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.w, self.parts), (self.labels, self.branch)
+        return (self.w, self.parts), (self.labels, self.branch, self.picked)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> "Factored":
@@ -104,8 +106,8 @@ class Factored:
 
     @property
     def row(self) -> int | None:
-        """Which factor, if any, has come down to its rank axis: then this is a row of a table, thin in itself."""
-        return next((i for i in (0, 1) if self.labels[i] == (RANK,)), None)
+        """The factor that rows were picked of, if any, or that has come down to its rank axis: the value is thin in itself."""
+        return next((i for i in (0, 1) if self.labels[i] == (RANK,)), self.picked)
 
     def rows(self, picked: int, use: int) -> jax.Array:
         """The value as activations, rows of a table that were picked along the axes of factor ``picked``.
@@ -115,7 +117,7 @@ class Factored:
         (p, pl), (q, ql) = ((self.parts[i].astype(self.w.dtype), self.labels[i]) for i in (picked, 1 - picked))
         out = tuple(range(len(self.shape)))
         t, labels = contract((self.dropout(p, use), pl), (q, ql), set(out), out, None, self.w.dtype, None)
-        return self.w + _arrange(t, labels, out, self.shape)
+        return self.w + arrange(t, labels, out, self.shape)
 
     def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
         """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""
@@ -183,7 +185,7 @@ class Factored:
                 compute if todo else dtype,
                 specs,
             )
-        return _arrange(t, labels, out, shape)
+        return arrange(t, labels, out, shape)
 
     def dropout(self, x: jax.Array, use: int) -> jax.Array:
         """``x`` with dropout of the adapter branch, if it has a key; a new mask for each ``use``."""
@@ -202,7 +204,7 @@ class Factored:
         specs = mesh_axes((a, la), (b, lb))
         dtype = dtype or _jax.promote(a.dtype, b.dtype)
         t, labels = contract((a, la), (b, lb), set(dense), dense, lax.Precision.HIGHEST, dtype, specs)
-        return _arrange(t, labels, dense, self.shape)
+        return arrange(t, labels, dense, self.shape)
 
     def dense(self) -> jax.Array:
         """The value as one array, in the base's dtype; the sum is made in the wider dtype of the two."""
@@ -354,7 +356,7 @@ def _transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
     return x if list(order) == list(range(x.ndim)) else jnp.transpose(x, order)
 
 
-def _arrange(x: jax.Array, labels: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
+def arrange(x: jax.Array, labels: Labels, out: Labels, shape: Sequence[int]) -> jax.Array:
     """``x`` with its axes in the order of ``out``, broadcast along those it does not have."""
     order = [d for d in out if d in labels]
     x = _transpose(x, [labels.index(d) for d in order])

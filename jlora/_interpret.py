@@ -7,6 +7,7 @@ conditional layer keeps its weights factored. Nothing here names LoRA.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,9 +16,19 @@ from jax import lax
 
 from jlora import _jax
 from jlora._factored import Factored
-from jlora._primitives import RULES, Dense
+from jlora._primitives import JOINS, VIEWS, Dense
+from jlora._products import conv_general_dilated, dot_general, ragged_dot_general
+from jlora._views import join, view
 
 Eqn = Any
+
+RULES: dict[str, Callable[[Eqn, int, Sequence[Any], int], list[Any]]] = {
+    **dict.fromkeys(VIEWS, view),
+    "dot_general": dot_general,
+    "conv_general_dilated": conv_general_dilated,
+    "ragged_dot_general": ragged_dot_general,
+}
+"""Evaluate one equation with one factored value, at a position among the values; the last argument numbers this use of the leaf."""
 
 
 class DenseWeightError(ValueError):
@@ -28,17 +39,23 @@ class Interpreter:
     """Evaluates programs; one object for one trace of the whole function.
 
     Args:
+        data: Variables of the program that depend on the call's arguments.
         allow_dense: Form a weight where an operation cannot keep it factored, instead of raising.
     """
 
-    def __init__(self, allow_dense: bool = False):
+    def __init__(self, data: frozenset[Any], allow_dense: bool = False):
+        self.data = data
         self.allow_dense = allow_dense
         self.within: list[Eqn] = []  # the equation at hand and those around it
         self.used: dict[str, int] = {}  # uses so far of each adapted leaf: each has a dropout mask of its own
+        self.repeated: set[int] = set()  # identities of bodies that the program calls several times
+        self.shared: dict[Any, Any] = {}  # those bodies, evaluated by a function that JAX traces once
+        self.names: dict[str, str] = {}  # in a shared body: the leaf that each weight is in the call at hand
 
     def run(self, program: _jax.Program, args: Sequence[Any]) -> list[Any]:
         """Evaluates ``program`` on arrays and factored values; returns the same."""
         jaxpr, consts = program
+        self.repeated.update(map(id, _jax.repeated(jaxpr)))
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
         last = _jax.last_uses(jaxpr)
 
@@ -63,13 +80,52 @@ class Interpreter:
         name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
-        if name in RULES and len(positions) == 1:
-            position = positions[0]
-            try:
-                return RULES[name](eqn, position, values, self.count(values[position].branch.path))
-            except Dense:
-                pass
+        try:
+            if name in JOINS:
+                return join(eqn, values)
+            if name in RULES and len(positions) == 1:
+                position = positions[0]
+                outs = RULES[name](eqn, position, values, self.count(values[position].branch.path))
+                return [self.rows(out) for out in outs] if name == "gather" and eqn.invars[1] in self.data else outs
+        except Dense:
+            pass
         return _jax.bind(eqn, [self.dense(v, name) for v in values])
+
+    def call(self, body: _jax.Program, key: Any, transform: Any, fn: Any, values: list[Any]) -> list[Any]:
+        """``transform(fn)(values)``, where ``fn`` evaluates ``body``; made once if the program calls it several times.
+
+        JAX then traces and lowers it once. Inside, weights have names of their position, so that calls with different leaves look alike.
+
+        Args:
+            body: What is called.
+            key: Anything hashable that tells apart calls of the same body.
+            transform: ``jax.jit``, or ``jax.checkpoint`` with its arguments.
+            fn: Of a list of values.
+            values: To call it with.
+        """
+        names = {f"#{i}": v.branch.path for i, v in enumerate(values) if isinstance(v, Factored)}
+        anonymous = [self.fold(v, f"#{i}") if isinstance(v, Factored) else v for i, v in enumerate(values)]
+        outer = self.names, self.used
+        self.names, self.used = {name: self.name(path) for name, path in names.items()}, {}
+        try:
+            outs = self.shared.setdefault((id(body.jaxpr), key), transform(fn))(anonymous)
+        finally:
+            self.names, self.used = outer
+        return [_rename(out, names) if isinstance(out, Factored) else out for out in outs]
+
+    def fold(self, value: Factored, name: str) -> Factored:
+        """The same weight for one call of a shared body: with ``name``, and dropout masks of its own."""
+        return replace(value.refold(self.count(value.branch.path)), branch=value.branch._replace(path=name))
+
+    def name(self, path: str) -> str:
+        """The path, for people, of a weight that a shared body knows by its position."""
+        return _renamed(path, self.names)
+
+    def rows(self, value: Any) -> Any:
+        """``value`` as activations, if it is rows of a table."""
+        if not isinstance(value, Factored) or value.row is None:
+            return value
+        return value.rows(value.row, self.count(value.branch.path))
 
     def count(self, path: str) -> int:
         """The number of this use of a leaf."""
@@ -78,14 +134,13 @@ class Interpreter:
 
     def dense(self, value: Any, operation: str) -> Any:
         """``value`` as an array; raises if it is a factored weight and that is not allowed."""
+        value = self.rows(value)
         if not isinstance(value, Factored):
             return value
-        if value.row is not None:
-            return value.rows(value.row, self.count(value.branch.path))
         if not self.allow_dense:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             raise DenseWeightError(
-                f"The adapted weight '{value.branch.path}' would have to be made dense, as {value.shape}.\n"
+                f"The adapted weight '{self.name(value.branch.path)}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
                 "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
                 '  targets, train it outright with Full, or accept a full-size gradient: wrap(fn, dense="allow").'
@@ -93,15 +148,29 @@ class Interpreter:
         return value.dense()
 
 
+def _rename(value: Factored, names: dict[str, str]) -> Factored:
+    return replace(value, branch=value.branch._replace(path=_renamed(value.branch.path, names)))
+
+
+def _renamed(path: str, names: dict[str, str]) -> str:
+    return " + ".join(names.get(part, part) for part in path.split(" + "))
+
+
 Body = Callable[[Interpreter, Eqn, list[Any]], list[Any]]
 
 
 def _jit(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
-    """Inlined; shardings that the inner ``jit`` fixed become constraints."""
-    ins, outs = _jax.jit_shardings(eqn)
-    values = [_constrain(v, s) for v, s in zip(values, ins, strict=True)]
-    results = interp.run(_jax.subprogram(eqn), values)
-    return [_constrain(v, s) for v, s in zip(results, outs, strict=True)]
+    """Inlined, unless the same body is called several times; shardings that the inner ``jit`` fixed become constraints."""
+    body, (ins, outs) = _jax.subprogram(eqn), _jax.jit_shardings(eqn)
+
+    def inside(values: list[Any]) -> list[Any]:
+        results = interp.run(body, [_constrain(v, s) for v, s in zip(values, ins, strict=True)])
+        return [_constrain(v, s) for v, s in zip(results, outs, strict=True)]
+
+    if id(body.jaxpr) not in interp.repeated or not _jax.is_staging():
+        return inside(values)
+    inside.__name__ = eqn.params.get("name", "call")
+    return interp.call(body, (*ins, *outs), jax.jit, inside, values)
 
 
 def _constrain(value: Any, sharding: Any) -> Any:
@@ -111,8 +180,33 @@ def _constrain(value: Any, sharding: Any) -> Any:
 
 
 def _remat(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
-    body = _jax.subprogram(eqn)
-    return jax.checkpoint(lambda vs: interp.run(body, vs), **_jax.remat(eqn))(values)
+    body, how = _jax.subprogram(eqn), _jax.remat(eqn)
+    return interp.call(
+        body, tuple(how.values()), partial(jax.checkpoint, **how), lambda values: interp.run(body, values), values
+    )
+
+
+def _shard_map(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
+    """Each axis of a factor is split over the mesh as the axis of the weight that it runs along."""
+    body, how = _jax.subprogram(eqn), _jax.shard_map(eqn)
+    specs = [_factor_specs(v, spec) for v, spec in zip(values, how.pop("in_specs"), strict=True)]
+
+    def local(arrays: list[Any]) -> list[Any]:
+        inside = [
+            replace(v, w=part[0], parts=tuple(part[1:])) if isinstance(v, Factored) else part
+            for v, part in zip(values, arrays, strict=True)
+        ]
+        return [interp.dense(v, "shard_map (returned from its body)") for v in interp.run(body, inside)]
+
+    arrays = [[v.w, *v.parts] if isinstance(v, Factored) else v for v in values]
+    return list(jax.shard_map(local, in_specs=(specs,), **how | {"out_specs": list(how["out_specs"])})(arrays))
+
+
+def _factor_specs(value: Any, spec: Any) -> Any:
+    if not isinstance(value, Factored):
+        return spec
+    axes = dict(enumerate(spec))
+    return [spec, *(jax.sharding.PartitionSpec(*(axes.get(d) for d in labels)) for labels in value.labels)]
 
 
 def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
@@ -143,6 +237,8 @@ def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
     steps = jnp.zeros((), jnp.int32) if _has_keys(body_consts + list(kept.values())) else None
 
+    batched = w.cond.jaxpr.outvars[0].aval.ndim > 0
+
     def go(state: Any) -> jax.Array:
         (flag,) = interp.run(w.cond, [*cond_consts, *_merge_carry(kept, state[1])])
         return flag
@@ -155,9 +251,9 @@ def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
         full = _merge_carry({i: _refold(v, step) for i, v in kept.items()}, c)
         outs = interp.run(w.body, [*(_refold(v, step) for v in body_consts), *full])
         outs = [interp.dense(v, "while (returned from its body)") for i, v in enumerate(outs) if i not in kept]
-        return None if step is None else step + 1, [
-            _select(go(state), new, old) for new, old in zip(outs, c, strict=True)
-        ]
+        if batched:  # examples whose loop has ended keep what they have
+            outs = [_select(go(state), new, old) for new, old in zip(outs, c, strict=True)]
+        return None if step is None else step + 1, outs
 
     return _merge_carry(kept, lax.while_loop(cond, body, (steps, carried))[1])
 
@@ -181,6 +277,7 @@ BODIES: dict[str, Body] = {
     "optimization_barrier": _barrier,
     **dict.fromkeys(_jax.CALLS, _jit),
     **dict.fromkeys(("remat2", "checkpoint"), _remat),
+    "shard_map": _shard_map,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -205,9 +302,6 @@ def _merge_carry(kept: dict[int, Any], carried: Sequence[Any]) -> list[Any]:
 
 
 def _select(go: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Examples whose loop has ended keep what they have; a loop without an axis of examples has not ended."""
-    if go.ndim == 0:
-        return new
     return jnp.where(lax.broadcast_in_dim(go, new.shape, range(go.ndim)), new, old)
 
 

@@ -5,12 +5,14 @@ anything about weights. Differences bridged: open and closed jaxprs (merged in 0
 and ``num_carry`` up to 0.10, ``ft_in`` from 0.11).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import source_info_util
+from jax._src import core, source_info_util
 from jax._src.interpreters import ad, batching, partial_eval
 from jax._src.sharding_impls import UnspecifiedValue
 from jax.extend import core as jex
@@ -20,7 +22,7 @@ Eqn = Any
 Var = Any
 
 # Code of frameworks: an error should name the line of the model that called them.
-_FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/")
+_FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/", "/keras/", "/e3nn_jax/")
 
 
 CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
@@ -55,8 +57,13 @@ class While(NamedTuple):
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:
-    """Traces ``fn(*args)``, where ``args`` are arrays or ``jax.ShapeDtypeStruct``s and ``fn`` returns a list of arrays."""
-    return program(jax.make_jaxpr(fn)(*args))
+    """Traces ``fn(*args)``, where ``args`` are arrays or ``jax.ShapeDtypeStruct``s and ``fn`` returns a list of arrays.
+
+    What no output and no effect needs is left out: a use that nobody sees is none.
+    """
+    jaxpr, consts = program(jax.make_jaxpr(fn)(*args))
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return Program(jaxpr, consts)
 
 
 def program(jaxpr: Any) -> Program:
@@ -121,9 +128,54 @@ def branches(eqn: Eqn) -> list[Program]:
     return [program(branch) for branch in eqn.params["branches"]]
 
 
+def repeated(jaxpr: Jaxpr) -> list[Jaxpr]:
+    """The bodies that ``jaxpr`` calls more than once: those of a function that was jitted or rematerialised, and traced once."""
+    called = [subprogram(eqn).jaxpr for eqn in jaxpr.eqns if eqn.primitive.name in CALLS]
+    count = Counter(map(id, called))
+    return [body for body in called if count[id(body)] > 1]
+
+
+def bodies(eqn: Eqn, inputs: Sequence[Any], carried: Any) -> list[tuple[Program, list[Any]]]:
+    """The programs inside an equation, each with which of ``inputs`` are its own; ``carried`` stands for what changes in a loop."""
+    name, inputs = eqn.primitive.name, list(inputs)
+    if name in (*CALLS, "shard_map"):
+        return [(subprogram(eqn), inputs)]
+    if name == "scan":
+        s = scan(eqn)
+        head = s.num_consts + s.num_carry
+        return [(s.body, [*inputs[: s.num_consts], *[carried] * s.num_carry, *inputs[head:]])]
+    if name == "while":
+        w = while_(eqn)
+        head = w.cond_consts + w.body_consts
+        carry = [carried] * (len(inputs) - head)
+        return [(w.cond, inputs[: w.cond_consts] + carry), (w.body, inputs[w.cond_consts : head] + carry)]
+    if name == "cond":
+        return [(branch, inputs[1:]) for branch in branches(eqn)]
+    return []
+
+
 def remat(eqn: Eqn) -> dict[str, Any]:
     """The arguments ``jax.checkpoint`` was called with."""
     return {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}
+
+
+def shard_map(eqn: Eqn) -> dict[str, Any]:
+    """The arguments ``jax.shard_map`` was called with."""
+    p = eqn.params
+    return {"axis_names": p["newly_manual_axes"]} | {k: p[k] for k in ("mesh", "in_specs", "out_specs", "check_vma")}
+
+
+def varies(x: Any) -> frozenset[Any]:
+    """The axes of a ``shard_map`` along which ``x`` is known to differ from device to device; none known if it does not check."""
+    return frozenset(jax.typeof(x).mat.varying)
+
+
+def is_staging() -> bool:
+    """Whether what is bound now becomes part of a program, as under ``jit``, and is not evaluated at once."""
+    trace = core.trace_ctx.trace
+    while trace is not None and not isinstance(trace, partial_eval.DynamicJaxprTrace):
+        trace = getattr(trace, "parent_trace", None)
+    return trace is not None
 
 
 def jit_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
@@ -196,7 +248,7 @@ def is_input_of_trace(x: Any) -> bool:
 def promote(*dtypes: Any) -> Any:
     """The dtype that holds values of all ``dtypes``, whatever promotion mode the user has set."""
     with jax.numpy_dtype_promotion("standard"):
-        return jax.numpy.promote_types(*dtypes)
+        return reduce(jax.numpy.promote_types, dtypes)
 
 
 def place(x: Any, sharding: Any) -> Any:

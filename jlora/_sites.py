@@ -139,11 +139,11 @@ def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> 
     if not callable(fn):
         raise TypeError(f"sites takes the function first: sites(fn, params, *args).\n  got: {type(fn).__name__} as fn")
     call = trace_call(fn, _paths.flatten(params), args, kwargs)
-    finder = Finder()
+    finder = Finder(call.data)
     leaves = [leaf(path, x) for path, x in zip(call.paths, call.leaves, strict=True)]
     outs = finder.run(call.program, [*leaves, *(Value() for _ in call.arrays)])
     last = {source for out in outs if len(out.reach) == 1 for source in out.reach} - finder.fed
-    heads = {source.path for source in last if not source.lookup}
+    heads = {path for source in last if not source.lookup for path in source.paths}
     for out in outs:
         finder.dense(out, RETURNED)
     found = [

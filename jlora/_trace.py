@@ -1,6 +1,6 @@
 """Tracing a call ``fn(params, *args, **kwargs)``: which arguments are arrays and which stay static Python values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ class Call(NamedTuple):
         leaves: Of ``params``.
         arrays: The array arguments.
         out_tree: Structure of what ``fn`` returned.
+        data: Variables whose values depend on the array arguments; the others are made of parameters and constants.
     """
 
     program: _jax.Program
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     leaves: list[Any]
     arrays: list[Any]
     out_tree: Any
+    data: frozenset[_jax.Var]
 
 
 def is_array(x: Any) -> bool:
@@ -64,4 +66,20 @@ def trace_call(
         return out
 
     program = _jax.trace(flat_fn, (leaves, arrays))
-    return Call(program, paths, leaves, arrays, out_tree)
+    data: set[_jax.Var] = set()
+    _follow(program, [False] * len(leaves) + [True] * len(arrays), data)
+    return Call(program, paths, leaves, arrays, out_tree, frozenset(data))
+
+
+def _follow(program: _jax.Program, inputs: Sequence[bool], data: set[_jax.Var]) -> None:
+    """Adds to ``data`` every variable of ``program``, and of the programs inside it, that depends on an input marked in ``inputs``."""
+    jaxpr = program.jaxpr
+    data.update(v for v, marked in zip(jaxpr.invars, inputs, strict=True) if marked)
+    for eqn in jaxpr.eqns:
+        marked = [not _jax.is_literal(v) and v in data for v in eqn.invars]
+        outs = [any(marked)] * len(eqn.outvars)
+        for body, args in _jax.bodies(eqn, marked, True):
+            _follow(body, args, data)
+            if eqn.primitive.name in _jax.CALLS:
+                outs = [not _jax.is_literal(v) and v in data for v in body.jaxpr.outvars]
+        data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)

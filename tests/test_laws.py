@@ -98,6 +98,10 @@ def test_commutes_with_vmap_over_adapters(case: Case):
     apply = jlora.wrap(case.fn)
     several = [case.trained(seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *several)
+    if not case.vmap:  # once JAX has the rule, this fails, and the rows need no exception
+        with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
+            jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs))(stacked)
+        return
     got = jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs))(stacked)
     expected = [apply(case.params, l, *case.args, **case.kwargs) for l in several]
     for i, out in enumerate(expected):

@@ -1,0 +1,129 @@
+r"""Values made of several weights: sums, concatenations and stacks of factored values, and zeros around one.
+
+They are still one pair of factors. A sum of updates is an update of the summed rank,
+
+$$a_1 b_1 + a_2 b_2 = [a_1\; a_2]\,[b_1;\, b_2]$$
+
+and a concatenation is a sum of updates that are zero outside their piece. Where the pieces lie along a batch axis (layers that are stacked,
+experts that are put side by side), their factors are put side by side as well, and the rank stays what it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _jax
+from jlora._factored import RANK, Branch, Factored, Labels
+
+Padding = tuple[int, int, int]
+NOWHERE: Padding = (0, 0, 0)
+
+
+def padded(f: Factored, w: jax.Array, config: Sequence[Padding]) -> Factored:
+    """The value whose base is ``w``: ``f`` with zeros around it, ``config`` for each axis as ``lax.pad`` takes it."""
+    parts, labels = list(f.parts[:2]), list(f.labels[:2])
+    for d, padding in enumerate(config):
+        if padding != NOWHERE and d not in labels[0] and d not in labels[1]:
+            parts[1], labels[1] = _along(parts[1], labels[1], d, f.shape[d])
+    for i in (0, 1):
+        zero = jnp.zeros((), parts[i].dtype)
+        parts[i] = lax.pad(parts[i], zero, [NOWHERE if d == RANK else config[d] for d in labels[i]])
+    return _value(w, parts, labels, [f])
+
+
+def total(w: jax.Array, terms: Sequence[Factored]) -> Factored | None:
+    """The value whose base is ``w`` and whose update is the sum of those of ``terms``; ``None`` if no thin pair of factors is it."""
+    if len(terms) == 1:
+        return replace(terms[0], w=w)
+    sides = [_aligned(f, terms[0]) for f in terms]
+    wanted = [frozenset().union(*(_axes(side[i][1]) for side in sides)) for i in (0, 1)]
+    whole = {d for d, n in enumerate(w.shape) if n > 1}
+    if _rate(terms) is None or any(
+        whole <= wanted[i] and not any(whole <= _axes(side[i][1]) for side in sides) for i in (0, 1)
+    ):
+        return None
+    orders = [(*sorted(wanted[0]), RANK), (RANK, *sorted(wanted[1]))]
+    parts = [
+        _concatenate([_arranged(*side[i], orders[i], w.shape) for side in sides], orders[i].index(RANK)) for i in (0, 1)
+    ]
+    return _value(w, parts, orders, terms)
+
+
+def concatenated(w: jax.Array, pieces: Sequence[Any], axis: int) -> Factored | None:
+    """The value whose base is ``w``, the concatenation of ``pieces`` along ``axis``; some of them may be plain arrays."""
+    terms = [piece for piece in pieces if isinstance(piece, Factored)]
+    if len(terms) == len(pieces) and _alike(terms, axis):
+        orders = [(axis, *(d for d in labels if d != axis)) for labels in terms[0].labels[:2]]
+        parts = [
+            _concatenate([_arranged(f.parts[i], f.labels[i], orders[i], f.shape) for f in terms], 0) for i in (0, 1)
+        ]
+        return _value(w, parts, orders, terms)
+    places, start = [], 0
+    for piece in pieces:
+        size = piece.shape[axis]
+        if isinstance(piece, Factored):
+            around = (start, w.shape[axis] - start - size, 0)
+            places.append(padded(piece, w, [around if d == axis else NOWHERE for d in range(w.ndim)]))
+        start += size
+    return total(w, places)
+
+
+def _alike(terms: Sequence[Factored], axis: int) -> bool:
+    """Whether the factors of ``terms`` can be put side by side along ``axis``: a batch axis, or one along which all are constant."""
+    first = terms[0]
+    both = {axis in labels for f in terms for labels in f.labels[:2]}
+    same = all([*map(_axes, f.labels[:2])] == [*map(_axes, first.labels[:2])] for f in terms)
+    ranks = {f.parts[0].shape[f.labels[0].index(RANK)] for f in terms}
+    return len(both) == 1 and same and len(ranks) == 1 and _rate(terms) is not None
+
+
+def _aligned(f: Factored, first: Factored) -> list[tuple[jax.Array, Labels]]:
+    """The two factors of ``f``, first the one that runs along the same axes as the first one of ``first``."""
+    sides = list(zip(f.parts[:2], f.labels[:2], strict=True))
+    like = [len(_axes(side[1]) ^ _axes(first.labels[0])) for side in sides]
+    return sides if like[0] <= like[1] else sides[::-1]
+
+
+def _arranged(part: jax.Array, labels: Labels, order: Labels, shape: Sequence[int]) -> jax.Array:
+    """``part`` with its axes in ``order``, repeated along those it does not have."""
+    for d in order:
+        if d not in labels:
+            part, labels = _along(part, labels, d, shape[d])
+    return jnp.transpose(part, [labels.index(d) for d in order])
+
+
+def _along(part: jax.Array, labels: Labels, axis: int, size: int) -> tuple[jax.Array, Labels]:
+    return lax.broadcast_in_dim(part, (size, *part.shape), range(1, part.ndim + 1)), (axis, *labels)
+
+
+def _concatenate(parts: Sequence[jax.Array], axis: int) -> jax.Array:
+    wide = _jax.promote(*(part.dtype for part in parts))
+    return lax.concatenate([part.astype(wide) for part in parts], axis)
+
+
+def _rate(terms: Sequence[Factored]) -> float | None:
+    """The dropout rate that ``terms`` share; ``None`` if they differ, for then one mask will not do."""
+    rates = {f.branch.dropout if len(f.parts) > 2 else 0.0 for f in terms}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def _value(w: jax.Array, parts: Sequence[jax.Array], labels: Sequence[Labels], terms: Sequence[Factored]) -> Factored:
+    """One value out of ``terms``, with the name of all and the dropout key of the first."""
+    name = " + ".join(dict.fromkeys(f.branch.path for f in terms))
+    keys = [f.parts[2][(0,) * f.parts[2].ndim] for f in terms[:1] if len(f.parts) > 2]
+    value = Factored(
+        w,
+        (*parts, *keys),
+        (*labels, *(() for _ in keys)),
+        Branch(name, terms[0].branch.dropout),
+        next((f.picked for f in terms if f.picked is not None), None),
+    )
+    return value.map_parts(w, lambda part, ls: (part, ls))
+
+
+def _axes(labels: Labels) -> frozenset[int]:
+    return frozenset(labels) - {RANK}

@@ -1,0 +1,142 @@
+"""Products of activations with factored values, evaluated through the rank: matrices, groups of tokens, convolutions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import _jax
+from jlora._factored import RANK, Labels, arrange, contract, mesh_axes
+from jlora._primitives import Dense, Eqn, ragged_use
+
+
+def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+    r"""``x·W + (x·a)·b`` for any ``dot_general``: an axis of ``x`` takes the label of the axis of ``W`` it meets."""
+    f, x = values[position], values[1 - position]
+    contracted, batch = eqn.params["dimension_numbers"]
+    (y,) = _jax.bind(eqn, [f.w, x] if position == 0 else [x, f.w])
+    met = dict(
+        zip((*contracted[1 - position], *batch[1 - position]), (*contracted[position], *batch[position]), strict=True)
+    )
+    x_labels = tuple(met.get(i, RANK - 1 - i) for i in range(x.ndim))
+    x_free = [d for i, d in enumerate(x_labels) if i not in met]
+    w_free = [d for d in range(len(f.shape)) if d not in met.values()]
+    out = (*batch[position], *(w_free + x_free if position == 0 else x_free + w_free))
+    # The result decides: an axis that is summed over has no place in what the thin product leaves.
+    specs = mesh_axes((x, ()), (y, out))
+    update = f.product(x, x_labels, out, y.shape, use, dtype=y.dtype, precision=_precision(eqn, position), specs=specs)
+    return [y + update]
+
+
+def _precision(eqn: Eqn, position: int) -> Any:
+    """The precision for products whose left operand is the activations."""
+    precision = eqn.params["precision"]
+    return precision[::-1] if isinstance(precision, tuple) and position == 0 else precision
+
+
+def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+    """A product of sorted tokens with the experts of their groups: one ragged product with each factor, through the rank."""
+    x, f, sizes = values[:3]
+    used = ragged_use(eqn, position)
+    if used is None or len(values) != 3:
+        raise Dense
+    (y,) = _jax.bind(eqn, [x, f.w, sizes])
+    numbers, (group, *batch) = eqn.params["ragged_dot_dimension_numbers"], used.batch
+    (contracted, _), (x_batch, _) = numbers.dot_dimension_numbers
+    met = dict(zip((*contracted, *x_batch), (*used.summed, *batch), strict=True))
+    x_labels = tuple(met.get(i, RANK - 1 - i) for i in range(x.ndim))
+    ragged = x_labels[numbers.lhs_ragged_dimensions[0]]
+    # As ragged_dot_general orders its result.
+    out = (
+        *batch,
+        *(d for d in x_labels if d < RANK),
+        *(d for d in range(len(f.shape)) if d not in (*met.values(), group)),
+    )
+    first = 0 if set(used.summed) & set(f.labels[0]) else 1
+    compute = _jax.promote(x.dtype, f.w.dtype)
+    t, labels = f.dropout(x, use).astype(compute), x_labels
+    for i, dtype in ((first, compute), (1 - first, y.dtype)):
+        part, ls = f.parts[i].astype(compute), f.labels[i]
+        keep = {*out} if i != first else {*out, *f.labels[1 - first]}
+        if group in ls:
+            t, labels = _ragged((t, labels), (part, ls), sizes, group, ragged, keep, eqn.params["precision"], dtype)
+        else:
+            t, labels = contract((t, labels), (part, ls), keep, None, eqn.params["precision"], dtype, None)
+    return [y + arrange(t, labels, out, y.shape)]
+
+
+def _ragged(
+    left: tuple[jax.Array, Labels],
+    right: tuple[jax.Array, Labels],
+    sizes: jax.Array,
+    group: int,
+    ragged: int,
+    keep: set[int],
+    precision: Any,
+    dtype: Any,
+) -> tuple[jax.Array, Labels]:
+    """``contract`` where axis ``ragged`` of ``left`` is made of groups, each with its own slice of ``right`` along ``group``."""
+    (x, xl), (part, pl) = left, right
+    shared = [d for d in xl if d in pl]
+    summed, batch = [d for d in shared if d not in keep], [d for d in shared if d in keep]
+    numbers = lax.RaggedDotDimensionNumbers(
+        (
+            ([xl.index(d) for d in summed], [pl.index(d) for d in summed]),
+            ([xl.index(d) for d in batch], [pl.index(d) for d in batch]),
+        ),
+        [xl.index(ragged)],
+        [pl.index(group)],
+    )
+    out = lax.ragged_dot_general(x, part, sizes, numbers, precision=precision, preferred_element_type=dtype)
+    return out, (*batch, *(d for d in xl if d not in shared), *(d for d in pl if d not in (*shared, group)))
+
+
+def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+    """A convolution with the factor that sums over the input features, then one with the other.
+
+    The factor that has the spatial axes is convolved with the window of the base; the other is a 1x1 kernel. In a grouped convolution
+    every group shares the first factor and has columns of its own in the second, so that the update is low-rank as a matrix.
+    """
+    x, f = values[0], values[1]
+    p, (rhs_out, rhs_in, *spatial) = eqn.params, eqn.params["dimension_numbers"].rhs_spec
+    if position == 0 or p["batch_group_count"] != 1:
+        raise Dense
+    (y,) = _jax.bind(eqn, [x, f.w])
+    first = 1 if (rhs_in in f.labels[1] and rhs_in not in f.labels[0]) or rhs_out in f.labels[0] else 0
+    ways = [set(f.labels[i]) & set(spatial) for i in (first, 1 - first)]
+    if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
+        raise Dense
+    compute = _jax.promote(x.dtype, f.w.dtype)
+    kernels = [
+        _kernel(f.parts[first], f.labels[first], {RANK: rhs_out}, len(f.shape)),
+        _kernel(f.parts[1 - first], f.labels[1 - first], {RANK: rhs_in}, len(f.shape)),
+    ]
+    groups = p["feature_group_count"]
+    if groups > 1:
+        if ways[1]:
+            raise Dense
+        kernels[0] = jnp.concatenate([kernels[0]] * groups, axis=rhs_out)
+    window = {k: p[k] for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
+    none = {"window_strides": (1,) * len(spatial), "padding": ((0, 0),) * len(spatial)}
+    steps = [none, window] if ways[1] else [window, none]
+    t = f.dropout(x, use).astype(compute)
+    for kernel, step, dtype in zip(kernels, steps, (compute, y.dtype), strict=True):
+        t = lax.conv_general_dilated(
+            t,
+            kernel.astype(compute),
+            dimension_numbers=p["dimension_numbers"],
+            feature_group_count=groups,
+            precision=p["precision"],
+            preferred_element_type=dtype,
+            **step,
+        )
+    return [y + t]
+
+
+def _kernel(part: jax.Array, labels: Labels, rank: dict[int, int], ndim: int) -> jax.Array:
+    """``part`` in the layout of the whole kernel, with the rank where features are, and size one along axes it does not have."""
+    axes = [rank.get(d, d) for d in labels]
+    part = jnp.transpose(part, [axes.index(d) for d in sorted(axes)])
+    return lax.expand_dims(part, [d for d in range(ndim) if d not in axes])

@@ -165,10 +165,10 @@ class Finder:
         reach = _reach(values)
         if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
             return None
-        made = [self.see(eqn, position, seen) for seen in values[position].views]
-        if any(new is None for new in made):
+        made = [new for seen in values[position].views if (new := self.see(eqn, position, seen)) is not None]
+        if len(made) < len(values[position].views):
             return None
-        rows = [(seen, took) for seen, (_, took) in zip(values[position].views, made, strict=True) if took]
+        rows = [(seen, took) for seen, took in made if took]
         if rows:
             for seen, took in rows:
                 self.record(seen, eqn.primitive.name, "lookup", took, seen.picked - took)
@@ -184,7 +184,7 @@ class Finder:
             return None
         if name in ("mul", "div"):
             gain = gain_axes(eqn, position, seen.shape)
-            if gain is None or len(gain) == sum(n != 1 for n in seen.shape):
+            if gain is None or all(d in gain for d, n in enumerate(seen.shape) if n != 1):
                 return None
             self.merge(seen, gain, eqn)
         flow = VIEWS[name](eqn, seen.shape)

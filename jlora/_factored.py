@@ -136,7 +136,7 @@ class Factored:
 
         return [self.w, *(p for p, has in zip(moved, along, strict=True) if has)], inside
 
-    def refold(self, step: jax.Array) -> "Factored":
+    def refold(self, step: jax.Array | int) -> "Factored":
         """The same value with dropout keys of its own for iteration ``step`` of a loop it does not change in."""
         if len(self.parts) < 3:
             return self

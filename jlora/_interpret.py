@@ -82,7 +82,12 @@ class Interpreter:
             return BODIES[name](self, eqn, values)
         try:
             if name in JOINS:
-                return join(eqn, values)
+                # Rows of a table that meet data are activations; those that meet other weights may be a weight in another order.
+                if any(
+                    v in self.data for i, v in enumerate(eqn.invars) if i not in positions and not _jax.is_literal(v)
+                ):
+                    values = [self.rows(v) for v in values]
+                return join(eqn, values) if any(isinstance(v, Factored) for v in values) else _jax.bind(eqn, values)
             if name in RULES and len(positions) == 1:
                 position = positions[0]
                 outs = RULES[name](eqn, position, values, self.count(values[position].branch.path))

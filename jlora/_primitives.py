@@ -139,8 +139,8 @@ def picked(eqn: Eqn, shape: Sequence[int]) -> Labels | None:
 
 
 def gain_axes(eqn: Eqn, position: int, shape: Sequence[int]) -> Labels | None:
-    """Axes of the weight along which ``mul`` or ``div`` varies its factor; ``None`` if the result is not a scaled weight."""
-    if tuple(eqn.outvars[0].aval.shape) != tuple(shape):
+    """Axes of the result along which ``mul`` or ``div`` varies its factor; ``None`` if the result is not a scaled weight."""
+    if any(n not in (1, m) for n, m in zip(shape, eqn.outvars[0].aval.shape, strict=True)):
         return None
     gain = eqn.invars[1 - position].aval.shape
     return tuple(d for d, n in enumerate(gain) if n != 1)

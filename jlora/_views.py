@@ -50,7 +50,9 @@ def _scaled(eqn: Eqn, position: int, values: Sequence[Any], w: jax.Array) -> Fac
     axes = gain_axes(eqn, position, f.shape)
     how = lax.mul if eqn.primitive.name == "mul" else lax.div
     gain = jnp.asarray(values[1 - position])
-    return None if axes is None else f.gain(w, axes, lambda part, labels: scale_part(part, labels, gain, how))
+    # Under vmap, a weight that all examples share may meet a gain of each: it is repeated along their axis.
+    wide = f.relabel(w, [(d,) if n == m else () for d, (n, m) in enumerate(zip(f.shape, w.shape, strict=True))])
+    return None if axes is None else wide.gain(w, axes, lambda part, labels: scale_part(part, labels, gain, how))
 
 
 Along = Callable[[jax.Array, Labels], tuple[jax.Array, Labels]]
@@ -141,26 +143,26 @@ def join(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
     """One weight made of several: their sum, or side by side."""
     name = eqn.primitive.name
     (w,) = _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
-    # A row of a table is an activation already, and a smaller array is repeated along axes that its factors do not have.
-    if any(isinstance(v, Factored) and v.row is not None for v in values):
-        raise Dense
-    if name in ("concatenate", "stack"):
-        if name == "stack":
-            values = [_unstacked(eqn, v, w) for v in values]
-        out = concatenated(w, values, eqn.params["axis" if name == "stack" else "dimension"])
+    if name == "concatenate":
+        out = concatenated(w, values, eqn.params["dimension"])
+    elif name == "stack":
+        out = concatenated(w, [_unstacked(eqn, v) for v in values], eqn.params["axis"])
     else:
-        terms = [v for v in values if isinstance(v, Factored)]
-        if any(v.shape != w.shape for v in terms):
-            raise Dense
-        if name == "sub" and isinstance(values[1], Factored):
-            terms[-1] = terms[-1].gain(terms[-1].w, (), lambda part, labels: -part)
-        out = total(w, terms)
+        terms = [
+            _negated(v) if name == "sub" and i == 1 else v for i, v in enumerate(values) if isinstance(v, Factored)
+        ]
+        # A smaller array is repeated along axes that its factors do not have.
+        out = None if any(v.shape != w.shape for v in terms) else total(w, terms)
     if out is None:
         raise Dense
     return [out]
 
 
-def _unstacked(eqn: Eqn, value: Any, w: jax.Array) -> Any:
+def _negated(f: Factored) -> Factored:
+    return replace(f, parts=(f.parts[0], -f.parts[1], *f.parts[2:]))
+
+
+def _unstacked(eqn: Eqn, value: Any) -> Any:
     """A piece of a stack with its axis of size one."""
     if not isinstance(value, Factored):
         return lax.expand_dims(value, [eqn.params["axis"]])

@@ -74,6 +74,10 @@ case("subtracted", PAIR, (X,), TWO)(lambda p, x: jnp.tanh(x @ (0.5 - (p["u"] - 2
 case("shifted", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ (p["w"] + jnp.eye(D, M))))
 case("summed_transposed", {"w": array(D, D)}, (X,), ONE)(lambda p, x: jnp.tanh(x @ (p["w"] + p["w"].T)))
 
+case("gain_under_vmap", W, (X[:, 0], array(B)), ONE)(
+    lambda p, x, s: jax.vmap(lambda x, s: jnp.tanh((p["w"] * s).T @ x))(x, s)
+)
+
 # --- in another order ------------------------------------------------------------------------------------------------
 case("permuted_outputs", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"][:, ORDER]))
 case("permuted_inputs", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"][np.arange(D)[::-1]]))
@@ -82,6 +86,11 @@ case("permuted_by_a_parameter", {"w": W["w"], "order": jnp.asarray(ORDER)}, (X,)
 )
 case("permuted_heads", {"w": array(D, H, K)}, (X,), {"w": ((0,), (1, 2), ())})(
     lambda p, x: jnp.tanh(jnp.einsum("btd,dhk->bthk", x, p["w"][:, np.array([2, 0, 1, 4, 3])]))
+)
+case("permuted_and_joined", PAIR, (X,), TWO)(
+    lambda p, x: (
+        jnp.tanh(x @ jnp.concatenate([p["u"][:, ORDER], p["v"]], axis=1)) + (x @ (p["u"][:, ORDER] + 1.0)).sum()
+    )
 )
 case("kept_rows", {"w": array(D, M)}, (array(B, T, H),), ONE)(
     lambda p, x: jnp.tanh(x @ p["w"][np.array([1, 5, 2, 9, 0])])

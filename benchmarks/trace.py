@@ -1,0 +1,144 @@
+"""Time to trace and lower a Llama-shaped model against its depth, without and with adapters.
+
+    python -m benchmarks.trace [--quick] [--out trace.json]
+
+Layers are unrolled, as Flax modules are unless they are scanned, so that the program grows with depth. Nothing is compiled or run, and
+parameters are shapes only. Two programs: the forward pass, and the gradient step (of all parameters without adapters, of the adapter
+with them). Times of both ways are taken in turns. ``jitted`` is a stack of one block that the model itself jits: a body that jlora
+evaluates once.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jlora
+from benchmarks import measure
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # the model is the examples'
+import llama
+
+DEPTHS, QUICK = (4, 8, 16, 32), (2, 4, 8)
+RULE = jlora.LoRA(rank=16, targets="all-linear")
+TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+
+def flax_model(depth: int) -> tuple[Callable[..., Any], Any, Any]:
+    """A Llama of Linen modules: function, shapes of its parameters and of its input."""
+    config = llama.Config(
+        vocab=32000, width=1024, hidden=2816, layers=depth, heads=16, kv_heads=8, max_length=4096, theta=1e4
+    )
+    model = llama.Llama(config)
+    return model.apply, jax.eval_shape(model.init, jax.random.key(0), TOKENS), TOKENS
+
+
+def jitted_model(depth: int) -> tuple[Callable[..., Any], Any, Any]:
+    """A stack of one jitted block, in plain JAX."""
+
+    @jax.jit
+    def block(w: Any, x: jax.Array) -> jax.Array:
+        q, k, v = x @ w["q"], x @ w["k"], x @ w["v"]
+        x = x + jax.nn.softmax(q @ k.T / 32.0) @ v @ w["o"]
+        return x + (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        for w in params["layers"]:
+            x = block(w, x)
+        return x @ params["head"]
+
+    sizes = dict.fromkeys("qkvo", (1024, 1024)) | {"gate": (1024, 2816), "up": (1024, 2816), "down": (2816, 1024)}
+    layer = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sizes.items()}
+    params = {"layers": [layer] * depth, "head": jax.ShapeDtypeStruct((1024, 32000), jnp.float32)}
+    return fn, params, jax.ShapeDtypeStruct((128, 1024), jnp.float32)
+
+
+def programs(fn: Callable[..., Any], params: Any, x: Any) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """What is traced, by name: a function and the shapes of its arguments."""
+    sites = jlora.sites(fn, params, x)
+    lora = jax.eval_shape(lambda key: jlora.init(key, params, sites, RULE), jax.random.key(0))
+    apply = jlora.wrap(fn)
+
+    def loss(out: jax.Array) -> jax.Array:
+        return jnp.square(out).mean()
+
+    return {
+        "forward, plain": (fn, (params, x)),
+        "forward, jlora": (apply, (params, lora, x)),
+        "gradient, plain": (jax.grad(lambda params, x: loss(fn(params, x))), (params, x)),
+        "gradient, jlora": (jax.grad(lambda lora, params, x: loss(apply(params, lora, x))), (lora, params, x)),
+    }
+
+
+def seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, float]:
+    """Seconds to trace and to lower, from nothing."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    traced = jax.jit(lambda *args: fn(*args)).trace(*args)
+    middle = time.perf_counter()
+    traced.lower()
+    return {"trace": middle - start, "lower": time.perf_counter() - middle}
+
+
+def run(depths: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Raw samples, by model, depth and program."""
+    results: dict[str, Any] = {}
+    for name, make in (("flax", flax_model), ("jitted", jitted_model)):
+        for depth in depths:
+            found = programs(*make(depth))
+            samples: dict[str, Any] = {program: {"trace": [], "lower": []} for program in found}
+            for i in range(rounds + 1):
+                for program, call in found.items():
+                    measured = seconds(*call)
+                    for stage, value in measured.items() if i > 0 else ():  # the first round is warm-up
+                        samples[program][stage].append(value)
+            results.setdefault(name, {})[str(depth)] = samples
+    return results
+
+
+def total(samples: dict[str, list[float]]) -> float:
+    """Median seconds of tracing and lowering together."""
+    return statistics.median(map(sum, zip(samples["trace"], samples["lower"], strict=True)))
+
+
+def growth(by_depth: dict[str, Any], program: str) -> float:
+    """Seconds a layer in the deeper half over those in the shallower half: 1 if the growth is linear, 2 if it is quadratic."""
+    depths = sorted(map(int, by_depth))
+    low, middle, high = depths[0], depths[-2], depths[-1]
+    cost = {d: total(by_depth[str(d)][program]) for d in (low, middle, high)}
+    return ((cost[high] - cost[middle]) / (high - middle)) / ((cost[middle] - cost[low]) / (middle - low))
+
+
+def report(results: dict[str, Any]) -> str:
+    """A table: seconds, and jlora's over plain."""
+    rows = []
+    for model, by_depth in results.items():
+        for kind in ("forward", "gradient"):
+            for depth, samples in by_depth.items():
+                plain, ours = (total(samples[f"{kind}, {way}"]) for way in ("plain", "jlora"))
+                rows.append([f"{model}, {kind}", depth, f"{plain:.2f}", f"{ours:.2f}", f"{ours / plain:.2f}"])
+            laws = [f"{growth(by_depth, f'{kind}, {way}'):.2f}" for way in ("plain", "jlora")]
+            rows.append([f"{model}, {kind}", "growth", *laws, ""])
+    return measure.table(["trace + lower, s", "layers", "plain", "jlora", "ratio"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="shallow models: some seconds")
+    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
+    args = parser.parse_args(argv)
+    results = run(QUICK, 1) if args.quick else run(DEPTHS, 5)
+    if args.out:
+        args.out.write_text(json.dumps(measure.environment() | {"results": results}, indent=1) + "\n")
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ offline, ever after.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -19,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class FetchError(RuntimeError):
@@ -139,6 +140,20 @@ PACKAGES = {
             ("it", 18_262_124, "5a26638089e134b8ac39363fe249c5c93c50cd8bfdc9b2499ae61ec4a35e2fcb"),
         )
     },
+    **{
+        f"sounds-{language}-text": Package(
+            f"asterisk-core-sounds-{language}=1.6.1-1",
+            size,
+            tree=f"usr/share/doc/asterisk-core-sounds-{language}",
+            sha256=sha256,
+        )
+        for language, size, sha256 in (
+            ("en", 22_844, "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50"),
+            ("fr", 23_152, "04c82c78c570c43a7136cbc5e2488d0c470b775468dff9fbce4a131b18cf1056"),
+            ("es", 22_012, "9afdab7f559f036649fb406e625899306ca1004df8ebe39c30bfbd5912d66f74"),
+            ("it", 23_972, "3884d9457e12f21caa018c18f0d587df5d53ebea14b673d8453a134c5941ab3b"),
+        )
+    },
 }
 
 
@@ -191,25 +206,25 @@ def _fetch_tree(package: Package, folder: Path) -> Path:
     return folder
 
 
-def cached(name: str, settings: Any, make: Callable[[], Any]) -> Any:
-    """Returns ``make()``, a tree of arrays, from the cache if it was made before with the same ``settings``.
+def cached(name: str, settings: Any, make: Callable[[], dict]) -> dict:
+    """Returns ``make()``, nested dicts of arrays, from the cache if it was made before with the same ``settings``.
 
     Args:
         name: Of the file, for people.
         settings: Anything whose ``repr`` tells one result from another: shapes, steps, a version to raise when the code changes.
-        make: Makes the tree: a small model pretrained, say.
+        make: Makes it: a small model pretrained, say.
     """
-    shapes, digest = jax.eval_shape(make), hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     path = cache_dir() / "made" / f"{name}-{digest}.npz"
-    leaves, tree = jax.tree.flatten(shapes)
     if path.exists():
         with np.load(path) as stored:
-            return jax.tree.unflatten(tree, [stored[str(i)] for i in range(len(leaves))])
+            return unflatten_dict({tuple(json.loads(keys)): stored[keys] for keys in stored.files})
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as scratch:
         part = Path(scratch, path.name)
-        np.savez(part, **{str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(made))})
+        # As JSON, keys stay what they are: NNX numbers the modules of a list, Linen names them.
+        np.savez(part, **{json.dumps(keys): np.asarray(x) for keys, x in flatten_dict(made).items()})
         part.replace(path)
     return made
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def fit(
     steps: int,
     optimizer: optax.GradientTransformation,
     seed: int = 0,
+    watch: Callable[[int, Any], None] | None = None,
 ) -> Fit:
     """Trains ``tree`` by ``loss(tree, base, batch, key)``, a mean over the batch.
 
@@ -91,6 +92,7 @@ def fit(
         steps: How many of them to take.
         optimizer: Of optax.
         seed: Of the keys.
+        watch: Called after every step with the number of steps taken and the tree; what it takes is not counted.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -120,6 +122,8 @@ def fit(
             if not np.isfinite(losses[-1]):
                 raise FloatingPointError(f"{label}: the loss is {losses[-1]} at step {i + 1}. Lower the learning rate.")
             bar.update(task, advance=1, loss=f"loss {np.mean(losses[-20:]):.3f}")
+            if watch is not None:
+                watch(i + 1, tree)
     m = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     return Fit(tree, np.asarray(losses), count(tree), seconds, peak)
@@ -202,24 +206,33 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def command_line(doc: str, file: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads ``--quick``, ``--seed`` and ``--out`` (default ``runs/<name of the file>``, with ``_quick``), and makes that folder."""
+def command_line(
+    doc: str, file: str, argv: Sequence[str] | None = None, flags: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """Reads ``--quick``, ``--seed`` and ``--out`` (default ``runs/<name of the file>``, with ``_quick``), and makes that folder.
+
+    ``flags`` are more switches of an example's own, with their help.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="smaller and shorter, to see that it works: under half a minute"
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/NAME)")
+    for flag, text in (flags or {}).items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / (Path(file).stem + "_quick" * args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
 
-def main(run: Callable[[argparse.Namespace], None], doc: str, file: str) -> None:
+def main(
+    run: Callable[[argparse.Namespace], None], doc: str, file: str, flags: Mapping[str, str] | None = None
+) -> None:
     """Runs an example; what a user can mend ends in a message and not in a traceback."""
     try:
-        run(command_line(doc, file))
+        run(command_line(doc, file, flags=flags))
     except (FetchError, FloatingPointError) as error:
         console.print(str(error), style="red", markup=False)
         sys.exit(1)

@@ -122,10 +122,6 @@ class Finder:
             self.dense(values[i], name)
         return [Value((), _reach(values))] * len(eqn.outvars)
 
-    def depends(self, atom: Any) -> bool:
-        """Whether an input of an equation depends on the call's arguments."""
-        return not _jax.is_literal(atom) and atom in self.data
-
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
         name, position = eqn.primitive.name, positions[-1]
@@ -146,7 +142,7 @@ class Finder:
     def join(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value] | None:
         """One weight made of several, or ``None`` where data is among them."""
         (out,), views = eqn.outvars, []
-        if any(self.depends(v) for i, v in enumerate(eqn.invars) if i not in positions):
+        if any(_jax.among(v, self.data) for i, v in enumerate(eqn.invars) if i not in positions):
             return None
         for i in positions:
             flow = JOINS[eqn.primitive.name](eqn, eqn.invars[i].aval.shape)
@@ -194,7 +190,7 @@ class Finder:
         axes = tuple(union(seen.axes[d] for d in source if d not in chosen) for source in flow)
         if name == "gather" and took:
             new = [j for j in range(len(flow)) if j not in eqn.params["dimension_numbers"].offset_dims]
-            if new and not self.depends(eqn.invars[1]):
+            if new and not _jax.among(eqn.invars[1], self.data):
                 # An index that no argument decides puts slices in another order: a weight still, if something multiplies it.
                 axes = tuple(took if j in new else group for j, group in enumerate(axes))
                 return seen._replace(axes=axes, rows=seen.rows if len(rest - took) > 1 else took), NONE

@@ -83,15 +83,14 @@ class Interpreter:
         try:
             if name in JOINS:
                 # Rows of a table that meet data are activations; those that meet other weights may be a weight in another order.
-                if any(
-                    v in self.data for i, v in enumerate(eqn.invars) if i not in positions and not _jax.is_literal(v)
-                ):
+                if any(_jax.among(v, self.data) for i, v in enumerate(eqn.invars) if i not in positions):
                     values = [self.rows(v) for v in values]
                 return join(eqn, values) if any(isinstance(v, Factored) for v in values) else _jax.bind(eqn, values)
             if name in RULES and len(positions) == 1:
                 position = positions[0]
                 outs = RULES[name](eqn, position, values, self.count(values[position].branch.path))
-                return [self.rows(out) for out in outs] if name == "gather" and eqn.invars[1] in self.data else outs
+                looked_up = name == "gather" and _jax.among(eqn.invars[1], self.data)
+                return [self.rows(out) for out in outs] if looked_up else outs
         except Dense:
             pass
         return _jax.bind(eqn, [self.dense(v, name) for v in values])

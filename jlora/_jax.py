@@ -6,7 +6,7 @@ and ``num_carry`` up to 0.10, ``ft_in`` from 0.11).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
@@ -74,6 +74,11 @@ def program(jaxpr: Any) -> Program:
 def is_literal(atom: Any) -> bool:
     """Whether an input of an equation is a constant written into it."""
     return isinstance(atom, jex.Literal)
+
+
+def among(atom: Any, variables: Set[Var]) -> bool:
+    """Whether an input of an equation is one of ``variables``; constants are not."""
+    return not is_literal(atom) and atom in variables
 
 
 def last_uses(jaxpr: Jaxpr) -> dict[Var, int]:

@@ -76,10 +76,10 @@ def _follow(program: _jax.Program, inputs: Sequence[bool], data: set[_jax.Var]) 
     jaxpr = program.jaxpr
     data.update(v for v, marked in zip(jaxpr.invars, inputs, strict=True) if marked)
     for eqn in jaxpr.eqns:
-        marked = [not _jax.is_literal(v) and v in data for v in eqn.invars]
+        marked = [_jax.among(v, data) for v in eqn.invars]
         outs = [any(marked)] * len(eqn.outvars)
         for body, args in _jax.bodies(eqn, marked, True):
             _follow(body, args, data)
             if eqn.primitive.name in _jax.CALLS:
-                outs = [not _jax.is_literal(v) and v in data for v in body.jaxpr.outvars]
+                outs = [_jax.among(v, data) for v in body.jaxpr.outvars]
         data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)

@@ -1,4 +1,4 @@
-"""Teaches an English speech recogniser Italian: Whisper tiny.en (37M) on ten minutes of telephone prompts, on a CPU.
+"""Teaches an English speech recogniser Italian: Whisper tiny.en (37M) on eight minutes of telephone prompts, on a CPU.
 
     python examples/speech.py            # LoRA on all linear weights and convolutions, and full fine-tuning
     python examples/speech.py --quick    # LoRA on eight English clips, to see that it works
@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import itertools
 import re
+import textwrap
 import unicodedata
 import wave
 from collections.abc import Callable, Iterator, Sequence
@@ -207,7 +208,8 @@ def show(args: argparse.Namespace, clips: Sequence[Clip], before: Sequence[str],
     figure = Figure(figsize=(8, 7), layout="constrained")
     for axes, i in zip(figure.subplots(len(longest), sharex=True), longest, strict=True):
         axes.imshow(whisper.log_mel(clips[i].audio, WINDOW).T, origin="lower", aspect="auto", extent=(0, WINDOW, 0, 80))
-        axes.set_title(f"said: {clips[i].text}\nbase: {before[i]}\nLoRA: {after[i]}", loc="left", fontsize=9)
+        base = textwrap.shorten(before[i], 90)
+        axes.set_title(f"said: {clips[i].text}\nbase: {base}\nLoRA: {after[i]}", loc="left", fontsize=9)
         axes.set_ylabel("mel band")
     axes.set_xlabel("seconds")
     figure.savefig(args.out / "speech.png", dpi=150)

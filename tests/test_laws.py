@@ -45,12 +45,13 @@ def test_fresh_adapter_is_the_identity_bit_for_bit(case: Case):
 
 @every
 def test_apply_equals_merge_then_base(case: Case):
+    # Compiled as a whole: op by op every test would compile each of its operations.
     lora = case.trained()
-    got = jlora.wrap(case.fn)(case.params, lora, *case.args, **case.kwargs)
+    got = jax.jit(lambda l: jlora.wrap(case.fn)(case.params, l, *case.args, **case.kwargs))(lora)
     merged = jlora.merge(case.params, lora)
     assert jax.tree.structure(merged) == jax.tree.structure(case.params)
-    expected = case.fn(merged, *case.args, **case.kwargs)
-    base = case.fn(case.params, *case.args, **case.kwargs)
+    run = jax.jit(lambda p: case.fn(p, *case.args, **case.kwargs))
+    expected, base = run(merged), run(case.params)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     assert_close(got, expected, case.tol)
     change = max(
@@ -62,8 +63,9 @@ def test_apply_equals_merge_then_base(case: Case):
 @every
 def test_gradients_are_those_of_the_dense_update(case: Case):
     lora = case.trained()
-    got = jax.grad(lambda l: total(jlora.wrap(case.fn)(case.params, l, *case.args, **case.kwargs)))(lora)
-    expected = jax.grad(lambda l: total(case.fn(jlora.merge(case.params, l), *case.args, **case.kwargs)))(lora)
+    got = jax.jit(jax.grad(lambda l: total(jlora.wrap(case.fn)(case.params, l, *case.args, **case.kwargs))))(lora)
+    merged = jax.grad(lambda l: total(case.fn(jlora.merge(case.params, l), *case.args, **case.kwargs)))
+    expected = jax.jit(merged)(lora)
     assert_close(got, expected, 5 * case.tol)
     assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(got))
 
@@ -102,8 +104,9 @@ def test_commutes_with_vmap_over_adapters(case: Case):
         with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
             jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs))(stacked)
         return
-    got = jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs))(stacked)
-    expected = [apply(case.params, l, *case.args, **case.kwargs) for l in several]
+    got = jax.jit(jax.vmap(lambda l: apply(case.params, l, *case.args, **case.kwargs)))(stacked)
+    run = jax.jit(lambda l: apply(case.params, l, *case.args, **case.kwargs))
+    expected = [run(l) for l in several]
     for i, out in enumerate(expected):
         assert_close(jax.tree.map(lambda x, i=i: x[i], got), out, case.tol)
 

@@ -360,3 +360,5 @@ CASES.append(
 )
 
 BY_NAME = {c.name: c for c in CASES}
+if len(BY_NAME) < len(CASES):
+    raise ValueError("Two rows of the table have the same name.")

@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+# Not tests: collected for doctests, they would be imported a second time, and add their rows to the table again.
+collect_ignore = ["case.py", "cases.py", "cases_joined.py", "measure.py"]
+
 
 @pytest.fixture(autouse=True)
 def strict_promotion():

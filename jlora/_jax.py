@@ -140,22 +140,22 @@ def repeated(jaxpr: Jaxpr) -> list[Jaxpr]:
     return [body for body in called if count[id(body)] > 1]
 
 
-def bodies(eqn: Eqn, inputs: Sequence[Any], carried: Any) -> list[tuple[Program, list[Any]]]:
-    """The programs inside an equation, each with which of ``inputs`` are its own; ``carried`` stands for what changes in a loop."""
-    name, inputs = eqn.primitive.name, list(inputs)
+def bodies(eqn: Eqn, marked: Sequence[bool]) -> list[tuple[Program, list[bool]]]:
+    """The programs inside an equation, each with which of its inputs are marked: as outside, and all that change in a loop."""
+    name, marked = eqn.primitive.name, list(marked)
     if name in (*CALLS, "shard_map"):
-        return [(subprogram(eqn), inputs)]
+        return [(subprogram(eqn), marked)]
     if name == "scan":
         s = scan(eqn)
         head = s.num_consts + s.num_carry
-        return [(s.body, [*inputs[: s.num_consts], *[carried] * s.num_carry, *inputs[head:]])]
+        return [(s.body, marked[: s.num_consts] + [True] * s.num_carry + marked[head:])]
     if name == "while":
         w = while_(eqn)
         head = w.cond_consts + w.body_consts
-        carry = [carried] * (len(inputs) - head)
-        return [(w.cond, inputs[: w.cond_consts] + carry), (w.body, inputs[w.cond_consts : head] + carry)]
+        carry = [True] * (len(marked) - head)
+        return [(w.cond, marked[: w.cond_consts] + carry), (w.body, marked[w.cond_consts : head] + carry)]
     if name == "cond":
-        return [(branch, inputs[1:]) for branch in branches(eqn)]
+        return [(branch, marked[1:]) for branch in branches(eqn)]
     return []
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Branch, Factored, Labels
+from jlora._factored import RANK, Branch, Factored, Labels, arrange
 
 Padding = tuple[int, int, int]
 NOWHERE: Padding = (0, 0, 0)
@@ -90,10 +90,8 @@ def _aligned(f: Factored, first: Factored) -> list[tuple[jax.Array, Labels]]:
 
 def _arranged(part: jax.Array, labels: Labels, order: Labels, shape: Sequence[int]) -> jax.Array:
     """``part`` with its axes in ``order``, repeated along those it does not have."""
-    for d in order:
-        if d not in labels:
-            part, labels = _along(part, labels, d, shape[d])
-    return jnp.transpose(part, [labels.index(d) for d in order])
+    rank = part.shape[labels.index(RANK)]
+    return arrange(part, labels, order, [rank if d == RANK else shape[d] for d in order])
 
 
 def _along(part: jax.Array, labels: Labels, axis: int, size: int) -> tuple[jax.Array, Labels]:

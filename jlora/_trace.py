@@ -78,7 +78,7 @@ def _follow(program: _jax.Program, inputs: Sequence[bool], data: set[_jax.Var]) 
     for eqn in jaxpr.eqns:
         marked = [_jax.among(v, data) for v in eqn.invars]
         outs = [any(marked)] * len(eqn.outvars)
-        for body, args in _jax.bodies(eqn, marked, True):
+        for body, args in _jax.bodies(eqn, marked):
             _follow(body, args, data)
             if eqn.primitive.name in _jax.CALLS:
                 outs = [_jax.among(v, data) for v in body.jaxpr.outvars]

@@ -1,7 +1,7 @@
 """Teaches an image generator a kind of thing it has never seen, from 64 pictures, with LoRA on its convolutions, in Equinox.
 
-    python examples/diffusion.py            # a few minutes on a CPU, plus five the first time
-    python examples/diffusion.py --quick    # in seconds
+    python examples/diffusion.py            # pretrained the first time, and kept in the cache
+    python examples/diffusion.py --quick
 
 A U-Net is pretrained once by flow matching on Fashion-MNIST without its bags, and kept in the cache. Then it is shown 64 bags. Look at
 ``samples.png``: every column is one noise, carried by the base, by the adapter at half and at full strength, and by full fine-tuning. The
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     if not all(map(np.array_equal, jax.tree.leaves(models["base"]), jax.tree.leaves(params))):
         raise RuntimeError("At scale 0 the adapter changes the base.")
     at = held_out[:1], np.full(1, 0.5, np.float32)
-    check_merged(velocity(models["LoRA rank 8"], *at), adapted(params, by_lora.tree, *at))
+    training.check_merged(velocity(models["LoRA rank 8"], *at), adapted(params, by_lora.tree, *at), "velocities")
 
     noise = np.asarray(jax.random.normal(noise_key, (config.samples, *few.shape[1:])))
     sample, loss = sampler(velocity, config.sampler_steps), jax.jit(flow_matching(full))
@@ -349,15 +349,6 @@ def run(args: argparse.Namespace) -> None:
 def scaled(lora, by: float):
     """The adapter at ``by`` times its strength."""
     return {path: dataclasses.replace(adapter, scale=by * adapter.scale) for path, adapter in lora.items()}
-
-
-def check_merged(merged: jax.Array, factored: jax.Array) -> None:
-    """Raises unless the model with the adapter folded in, an ordinary one again, agrees with the adapter."""
-    difference, largest = jnp.abs(merged - factored).max(), jnp.abs(factored).max()
-    if not difference <= 1e-4 * largest:
-        raise RuntimeError(
-            f"Merged and factored velocities differ by {difference:.1e} (velocities up to {largest:.0f})."
-        )
 
 
 def draw(path: Path, shown: dict[str, np.ndarray]) -> None:

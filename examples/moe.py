@@ -1,6 +1,6 @@
 """Adapts a mixture of experts from film reviews to Hamlet: a causal language model (1.4M) in plain JAX, no framework.
 
-    python examples/moe.py            # pretrained once on film reviews (minutes, kept in the cache), then adapted
+    python examples/moe.py            # pretrained once on film reviews (kept in the cache), then adapted
     python examples/moe.py --quick    # smaller and shorter
 
 Each layer has 8 experts in one array; a router sends each token to 2 of them. Two rules give the attention rank 16 and each expert

@@ -1,7 +1,7 @@
 """Brings a film recommender of 1997 up to 1998, with LoRA on its embedding table, in plain JAX: a dict of arrays and a function.
 
-    python examples/recommendation.py            # under a minute on a CPU
-    python examples/recommendation.py --quick    # in seconds
+    python examples/recommendation.py
+    python examples/recommendation.py --quick
 
 The base learnt what users of MovieLens-100K liked until the end of 1997, and is kept in the cache; adapters learn from January and
 February, and are tested on March and April. Three users in four are new by then; all are known by age, gender, occupation and their
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> None:
         "full fine-tuning": logits(full, None, fits["full fine-tuning"].tree),
         "what is popular": np.broadcast_to(np.bincount(ratings.film[new], minlength=sizes["film"]), allowed.shape),
     }
-    check_merged(logits(full, None, merged), found["LoRA rank 16"])
+    training.check_merged(logits(full, None, merged), found["LoRA rank 16"])
     places = {name: ranks(x, ratings.film[recent], allowed) for name, x in found.items()}
     tested = np.isin(recent, test)
     rows = []
@@ -247,13 +247,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"NDCG@10 that the adapter adds: {won.mean():.4f} ± {error:.4f} (standard error over {users} users)")
     if rows[1].values["NDCG@10"] < rows[0].values["NDCG@10"]:
         raise RuntimeError("The adapter learnt nothing.")
-
-
-def check_merged(merged: np.ndarray, factored: np.ndarray) -> None:
-    """Raises unless the parameters with the saved updates folded in, an ordinary model again, agree with the adapter."""
-    difference, largest = np.abs(merged - factored).max(), np.abs(factored).max()
-    if not difference <= 1e-4 * largest:
-        raise RuntimeError(f"Merged and factored logits differ by {difference:.1e} (logits up to {largest:.0f}).")
 
 
 def draw(path: Path, places: dict[str, np.ndarray], when: np.ndarray) -> None:

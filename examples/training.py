@@ -154,6 +154,21 @@ def in_batches(fn: Callable[..., jax.Array], size: int, *arrays: np.ndarray) -> 
     return np.concatenate(found)
 
 
+def check_merged(merged: Any, factored: Any, what: str = "logits") -> None:
+    """Raises unless a model with an adapter folded in, an ordinary one again, gives what the adapter beside the base gives.
+
+    Args:
+        merged: What the merged model gives.
+        factored: What the adapted function gives.
+        what: Its name, for the message.
+    """
+    # In numpy, whose max of NaNs is NaN: compiled for a CPU it can be -inf, which would pass.
+    merged, factored = np.asarray(merged), np.asarray(factored)
+    difference, largest = np.abs(merged - factored).max(), np.abs(factored).max()
+    if not difference <= 1e-4 * largest:
+        raise RuntimeError(f"Merged and factored {what} differ by {difference:.1e} ({what} up to {largest:.3g}).")
+
+
 def progress() -> Progress:
     """A progress bar; hidden in a log, where it would leave nothing but empty lines."""
     columns = (
@@ -214,9 +229,7 @@ def command_line(
     ``flags`` are more switches of an example's own, with their help.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and shorter, to see that it works: under half a minute"
-    )
+    parser.add_argument("--quick", action="store_true", help="smaller and shorter, to see that it works")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/NAME)")
     for flag, text in (flags or {}).items():

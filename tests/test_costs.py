@@ -147,6 +147,22 @@ def test_nothing_recompiles_in_training_or_on_exchange(programs):
     assert all(bool((x != y).any()) for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(lora), strict=True))
 
 
+def test_program_grows_linearly_with_depth():
+    """Unrolled layers cost the same each, however many there are."""
+
+    def net(params, x):
+        for w in params:
+            x = x + jnp.tanh(x @ w)
+        return x
+
+    def size(depth):
+        params, x = [jnp.ones((7, 7))] * depth, jnp.ones((2, 7))
+        lora = jlora.init(jax.random.key(0), params, jlora.sites(net, params, x), jlora.LoRA(rank=2, targets=".*"))
+        return len(jax.make_jaxpr(jlora.wrap(net))(params, lora, x).eqns)
+
+    assert size(8) - size(4) == 2 * (size(4) - size(2)) > 0
+
+
 def test_scan_keeps_the_program_small():
     """A scanned stack is interpreted once, whatever its depth."""
 

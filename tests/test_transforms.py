@@ -10,6 +10,8 @@ from case import D, H, K, M, array
 from jax import export, lax
 from jax.experimental import io_callback
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jlora
 
@@ -252,6 +254,12 @@ DENSE = {
     "quantised on the way": ("round", lambda p, x: jnp.tanh(x @ (jnp.round(p["w"] * 8) / 8))),
     "selected": ("select_n", lambda p, x: jnp.tanh(x @ jnp.where(MASK > 0, p["w"], 0.5))),
     "from a branch": ("cond", lambda p, x: jnp.tanh(x @ lax.cond(x.sum() > 0, lambda: p["w"], lambda: p["w"][::-1]))),
+    "selected for each example": (
+        "select_n",
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(x.sum() > 0, lambda x: jnp.tanh(x @ p["w"]), lambda x: jnp.sin(x @ p["w"]), x)
+        )(x),
+    ),
     "out of a scan": (
         "scan",
         lambda p, x: jnp.tanh(x @ lax.scan(lambda c, _: (c, p["w"] * 1.0), 0, None, length=2)[1][1]),
@@ -309,3 +317,25 @@ def test_error_inside_a_shared_body_names_the_leaf():
     ):
         jax.jit(jlora.wrap(fn))(params, lora, x)
     close(jax.jit(jlora.wrap(fn, dense="allow"))(params, lora, x), fn(jlora.merge(params, lora), x))
+
+
+def test_gathered_weight_of_an_unchecked_shard_map_is_refused():
+    """Nothing tells there whether the other factor is the same on every device."""
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
+
+    def fn(params, x, tiled=True):
+        def body(w, x):
+            w = lax.all_gather(w, "i", axis=0, tiled=tiled)
+            return jnp.tanh(x @ (w if tiled else w[0]))
+
+        return jax.shard_map(body, mesh=mesh, in_specs=(P("i"), P("i")), out_specs=P("i"), check_vma=False)(
+            params["w"], x
+        )
+
+    params = {"w": PARAMS["u"]}
+    lora = adapter(fn, params, X)
+    for tiled in (True, False):
+        with pytest.raises(jlora.DenseWeightError, match=r"(?s)'w' would have to be made dense.*all_gather"):
+            jlora.wrap(fn)(params, lora, X, tiled=tiled)
+        got = jlora.wrap(fn, dense="allow")(params, lora, X, tiled=tiled)
+        close(got, fn(jlora.merge(params, lora), X, tiled=tiled))

@@ -7,7 +7,8 @@ Both are trained on the same windows of Hamlet. On the way, perplexity is measur
 base could predict before (old): summaries of films, in modern English. Look at the curves: where both have learnt as much of Hamlet,
 the higher one has forgotten more. The tiny model knows nothing but Lewis Carroll and there is no text of his it was not trained on, so
 its old text is what it writes itself: perplexity on that grows by the exponential of the divergence of the adapted model from the base.
-The question is that of Biderman et al., 2024, "LoRA Learns Less and Forgets Less", arXiv:2405.09673.
+The question is that of Biderman et al., 2024, "LoRA Learns Less and Forgets Less", arXiv:2405.09673. The learning rate matters as much
+as the method: with the tiny model either forgets more, at the same perplexity on Hamlet, the larger its rate.
 """
 
 import argparse

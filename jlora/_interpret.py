@@ -80,6 +80,7 @@ class Interpreter:
         name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
+        reason = ""
         try:
             if name in JOINS:
                 # Rows of a table that meet data are activations; those that meet other weights may be a weight in another order.
@@ -91,9 +92,9 @@ class Interpreter:
                 outs = RULES[name](eqn, position, values, self.count(values[position].branch.path))
                 looked_up = name == "gather" and _jax.among(eqn.invars[1], self.data)
                 return [self.rows(out) for out in outs] if looked_up else outs
-        except Dense:
-            pass
-        return _jax.bind(eqn, [self.dense(v, name) for v in values])
+        except Dense as error:
+            reason = str(error)
+        return _jax.bind(eqn, [self.dense(v, name, reason) for v in values])
 
     def call(self, body: _jax.Program, key: Any, transform: Any, fn: Any, values: list[Any]) -> list[Any]:
         """``transform(fn)(values)``, where ``fn`` evaluates ``body``; made once if the program calls it several times.
@@ -136,7 +137,7 @@ class Interpreter:
         self.used[path] = self.used.get(path, -1) + 1
         return self.used[path]
 
-    def dense(self, value: Any, operation: str) -> Any:
+    def dense(self, value: Any, operation: str, reason: str = "") -> Any:
         """``value`` as an array; raises if it is a factored weight and that is not allowed."""
         value = self.rows(value)
         if not isinstance(value, Factored):
@@ -146,7 +147,9 @@ class Interpreter:
             raise DenseWeightError(
                 f"The adapted weight '{self.name(value.branch.path)}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
-                "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
+                + f"  reason: {reason}\n"
+                * bool(reason)
+                + "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
                 '  targets, train it outright with Full, or accept a full-size gradient: wrap(fn, dense="allow").'
             )
         return value.dense()

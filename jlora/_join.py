@@ -18,6 +18,7 @@ from jax import lax
 
 from jlora import _jax
 from jlora._factored import RANK, Branch, Factored, Labels, arrange
+from jlora._primitives import Dense
 
 Padding = tuple[int, int, int]
 NOWHERE: Padding = (0, 0, 0)
@@ -36,15 +37,21 @@ def padded(f: Factored, w: jax.Array, config: Sequence[Padding]) -> Factored:
 
 
 def total(w: jax.Array, terms: Sequence[Factored]) -> Factored | None:
-    """The value whose base is ``w`` and whose update is the sum of those of ``terms``; ``None`` if no thin pair of factors is it."""
+    """The value whose base is ``w`` and whose update is the sum of those of ``terms``; ``None`` if no thin pair of factors is it.
+
+    Raises:
+        Dense: Their rates of dropout differ.
+    """
     if len(terms) == 1:
         return replace(terms[0], w=w)
     sides = [_aligned(f, terms[0]) for f in terms]
     wanted = [frozenset().union(*(_axes(side[i][1]) for side in sides)) for i in (0, 1)]
     whole = {d for d, n in enumerate(w.shape) if n > 1}
-    if _rate(terms) is None or any(
-        whole <= wanted[i] and not any(whole <= _axes(side[i][1]) for side in sides) for i in (0, 1)
-    ):
+    if len(rates := _rates(terms)) > 1:
+        raise Dense(
+            f"their adapters have dropout of different rates, {' and '.join(map(str, sorted(rates)))}: give them one"
+        )
+    if any(whole <= wanted[i] and not any(whole <= _axes(side[i][1]) for side in sides) for i in (0, 1)):
         return None
     orders = [(*sorted(wanted[0]), RANK), (RANK, *sorted(wanted[1]))]
     parts = [
@@ -78,7 +85,7 @@ def _alike(terms: Sequence[Factored], axis: int) -> bool:
     both = {axis in labels for f in terms for labels in f.labels[:2]}
     same = all([*map(_axes, f.labels[:2])] == [*map(_axes, first.labels[:2])] for f in terms)
     ranks = {f.parts[0].shape[f.labels[0].index(RANK)] for f in terms}
-    return len(both) == 1 and same and len(ranks) == 1 and _rate(terms) is not None
+    return len(both) == 1 and same and len(ranks) == 1 and len(_rates(terms)) == 1
 
 
 def _aligned(f: Factored, first: Factored) -> list[tuple[jax.Array, Labels]]:
@@ -103,10 +110,9 @@ def _concatenate(parts: Sequence[jax.Array], axis: int) -> jax.Array:
     return lax.concatenate([part.astype(wide) for part in parts], axis)
 
 
-def _rate(terms: Sequence[Factored]) -> float | None:
-    """The dropout rate that ``terms`` share; ``None`` if they differ, for then one mask will not do."""
-    rates = {f.branch.dropout if len(f.parts) > 2 else 0.0 for f in terms}
-    return rates.pop() if len(rates) == 1 else None
+def _rates(terms: Sequence[Factored]) -> set[float]:
+    """The rates of dropout of ``terms``. If they differ, the mask of one value will not do."""
+    return {f.branch.dropout if len(f.parts) > 2 else 0.0 for f in terms}
 
 
 def _value(w: jax.Array, parts: Sequence[jax.Array], labels: Sequence[Labels], terms: Sequence[Factored]) -> Factored:

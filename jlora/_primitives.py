@@ -25,7 +25,10 @@ class Use(NamedTuple):
 
 
 class Dense(Exception):
-    """Raised by a rule that cannot keep its weight factored; the interpreter turns it into an error for people, or goes dense."""
+    """Raised by a rule that cannot keep its weight factored; the interpreter turns it into an error for people, or goes dense.
+
+    Its argument, if any, is the reason, for where the operation alone does not tell.
+    """
 
 
 # --- Views: which old axes each axis of the result runs along --------------------------------------------------------

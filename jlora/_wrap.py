@@ -31,7 +31,7 @@ def wrap(
     Args:
         fn: Any JAX function whose first argument is a tree of parameters.
         dense: What to do where an operation needs an adapted weight whole: ``"error"`` raises, naming the leaf, the operation and
-            the line of the model; ``"allow"`` forms ``W + s A B`` there, with a gradient of full size.
+            the line of the model; ``"allow"`` forms ``W + s A B`` there, with a gradient of full size and without dropout.
         train_base: Let gradients reach ``params``. Without it they are stopped, so that a gradient taken of the whole tree by mistake
             costs nothing.
 

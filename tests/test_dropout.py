@@ -58,6 +58,8 @@ def test_rate_and_expectation(rate):
     np.testing.assert_array_equal(legacy, y)
 
 
+DENSE = jax.jit(lambda w, x: x @ w)
+DENSE_REMAT = jax.checkpoint(lambda w, x: x @ w)
 PROGRAMS = {
     "two sites": (lambda p, x: jnp.stack([x @ p["a"], x @ p["b"]]), {"a": 0 * W, "b": 0 * W}),
     "one site used twice": (lambda p, x: jnp.stack([x @ p["a"], x @ p["a"]]), {"a": 0 * W}),
@@ -76,6 +78,14 @@ PROGRAMS = {
         )[1],
         {"w": 0 * W},
     ),
+    "a body that is jitted once and called for two sites": (
+        lambda p, x: jnp.stack([DENSE(p["a"], x), DENSE(p["b"], x)]),
+        {"a": 0 * W, "b": 0 * W},
+    ),
+    "a body that is rematerialised and called twice for one site": (
+        lambda p, x: jnp.stack([DENSE_REMAT(p["a"], x), DENSE_REMAT(p["a"], x)]),
+        {"a": 0 * W},
+    ),
     "layers picked from a stack": (lambda p, x: jnp.stack([x @ p["w"][0], x @ p["w"][1]]), {"w": jnp.zeros((2, D, D))}),
 }
 
@@ -84,6 +94,7 @@ PROGRAMS = {
 def test_masks_are_independent(name):
     fn, params = PROGRAMS[name]
     apply, lora = adapted(fn, params, (X,))
+    apply = jax.jit(apply)  # under it, a body of the model that comes again is evaluated once
     one, two = kept(apply(params, lora, X, dropout_key=KEY), 0.0)
     agree = (one == two).mean()
     assert abs(agree - 0.5) < 5 * 0.5 / np.sqrt(one.size)
@@ -115,3 +126,39 @@ def test_every_kind_of_use_takes_dropout(name):
     assert (first != other).any()
     assert (first != off).any()
     assert bool(jnp.isfinite(first).all())
+
+
+JOINED = {
+    "sum": lambda p, x: x @ (p["a"] + p["b"]),
+    "concatenation along outputs": lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1),
+    "concatenation along inputs": lambda p, x: jnp.concatenate([x, x], axis=1) @ jnp.concatenate([p["a"], p["b"]]),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_joined_weight_sees_its_input_under_one_mask(name):
+    """It is one linear map, so what it reads is dropped once, and not for each weight it is made of."""
+    fn, params = JOINED[name], {"a": 0 * W, "b": 0 * W}
+    apply, lora = adapted(fn, params, (X,))
+    full = apply(params, lora, X)
+    y = np.asarray(apply(params, lora, X, dropout_key=KEY) / full)
+    if name == "concatenation along inputs":  # two inputs, two masks: both, one or none of them arrive
+        share = [np.isclose(y, level).mean() for level in (0.0, 1.0, 2.0)]
+        np.testing.assert_allclose(share, [0.25, 0.5, 0.25], atol=5 * 0.5 / np.sqrt(y.size))
+    else:
+        assert np.isclose(y, 0.0).mean() + np.isclose(y, 2.0).mean() == 1.0
+        assert abs((y > 1.0).mean() - 0.5) < 5 * 0.5 / np.sqrt(N * D)
+    if name == "concatenation along outputs":
+        np.testing.assert_array_equal(y[:, :D], y[:, D:])
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_weights_joined_at_different_rates_are_refused_under_dropout(name):
+    fn, params = JOINED[name], {"a": 0 * W, "b": 0 * W}
+    sites = jlora.sites(fn, params, X)
+    rules = [jlora.LoRA(rank=2, targets="a", dropout=0.5), jlora.LoRA(rank=2, targets="b", dropout=0.1)]
+    lora = jlora.init(jax.random.key(0), params, sites, rules)
+    apply = jlora.wrap(fn)
+    jax.block_until_ready(apply(params, lora, X))
+    with pytest.raises(jlora.DenseWeightError, match=r"dropout of different rates, 0\.1 and 0\.5: give them one"):
+        apply(params, lora, X, dropout_key=KEY)

@@ -183,19 +183,20 @@ def plot(path, curves: dict[str, list[dict[str, float]]], steps: tuple[int, ...]
     """Draws perplexity on the old text against that on the new, a curve for each method."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for (name, curve), color in zip(curves.items(), ("#1f4e79", "#c0392b"), strict=True):
+    # The numbers of one curve stand before its points and those of the other after them, for the two run close.
+    styles = (("#1f4e79", (-6, 5), "right"), ("#c0392b", (6, -12), "left"))
+    for (name, curve), (color, offset, side) in zip(curves.items(), styles, strict=True):
         new, old = ([point[text] for point in curve] for text in (NEW, OLD))
         axes.plot(new, old, "o-", color=color, linewidth=2, markersize=5, label=name)
         for i, step in enumerate(steps, 1):
-            axes.annotate(
-                f"{step}", (new[i], old[i]), xytext=(0, 7), textcoords="offset points", color=color, ha="center"
-            )
+            axes.annotate(f"{step}", (new[i], old[i]), xytext=offset, textcoords="offset points", color=color, ha=side)
         axes.plot(equal, old_at(curve, equal), "D", color=color, markersize=9, markerfacecolor="white", zorder=3)
     base = next(iter(curves.values()))[0]
     axes.plot(base[NEW], base[OLD], "o", color="black", markersize=8, zorder=4)
     axes.annotate("base", (base[NEW], base[OLD]), xytext=(0, 9), textcoords="offset points", ha="center", weight="bold")
     axes.axvline(equal, color="#7f8c8d", linestyle="--", linewidth=1, zorder=0)
     axes.set(xscale="log", yscale="log")
+    axes.margins(0.08)
     axes.invert_xaxis()
     axes.set_xlabel("perplexity on Hamlet, held out (log): the further right, the more is learnt")
     axes.set_ylabel("perplexity on old text (log)")

@@ -194,14 +194,16 @@ def report(
         lower_is_better: Whether that metric is an error.
     """
     names = list(rows[0].values)
-    table = Table(title=f"{title}: {about}", title_justify="left")
-    table.add_column("method")
-    for name in (*names, "trained", "seconds", "MB a step"):
-        table.add_column(name, justify="right")
+    table, cells = Table(title=f"{title}: {about}", title_justify="left"), []
     for r in rows:
         numbers = [number(r.values[n]) + (f" ± {number(r.spread[n])}" if n in r.spread else "") for n in names]
         cost = [f"{r.trained:,}", f"{r.seconds:.0f}", f"{r.peak_bytes / 1e6:,.0f}"] if r.trained else ["-"] * 3
-        table.add_row(r.method, *numbers, *cost)
+        cells.append([r.method, *numbers, *cost])
+    for name, *column in zip(["method", *names, "trained", "seconds", "MB a step"], *cells, strict=True):
+        # On a narrow terminal a heading is broken into lines, and never what stands below it.
+        table.add_column(name, justify="left" if name == "method" else "right", min_width=max(map(len, column)))
+    for line in cells:
+        table.add_row(*line)
     console.print(table)
     results = {"title": title, "about": about, "lower_is_better": lower_is_better, "quick": args.quick}
     write_json(args.out / "results.json", results | {"rows": [dataclasses.asdict(r) for r in rows]})

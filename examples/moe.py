@@ -200,7 +200,7 @@ def draw(path: Path, fits: dict[str, training.Fit], sent: dict[str, np.ndarray])
         mean = np.convolve(f.losses, np.ones(width) / width, "valid")
         left.plot(np.arange(width, len(f.losses) + 1), mean, label=label)
     left.set(xlabel="step", ylabel="training loss, running mean")
-    left.legend(loc="lower left")  # the corner that a falling curve leaves free
+    figure.legend(loc="outside lower left", ncols=len(fits), frameon=False)
     for axes, (label, share) in zip(maps, sent.items(), strict=True):
         image = axes.imshow(share.T, vmin=0, vmax=max(x.max() for x in sent.values()))
         axes.set(xlabel="layer", xticks=range(len(share)))

@@ -5,7 +5,8 @@
 
 A ViT (0.8M parameters) is pretrained once on Fashion-MNIST and kept in the cache. Then it has 400 images of digits to learn from, and
 is asked about 4,600 others. Look at the table first: how far a new head on frozen features gets, and how far factors of rank 8 in every
-layer, the convolution that cuts the patches among them. ``digits.png`` shows what they do to the features.
+layer, the convolution that cuts the patches among them, with biases, norms and positions trained outright. ``digits.png`` shows what
+they do to the features.
 """
 
 import argparse
@@ -168,14 +169,15 @@ def run(args: argparse.Namespace) -> None:
     adapted = jlora.wrap(fn)
     sites = jlora.sites(fn, params, images[:1])
     head, factors = jlora.Full(targets="head/.*"), jlora.LoRA(rank=8, alpha=16, targets="all-linear")
+    small = jlora.Full(targets=".*(bias|scale|position)")  # too thin for factors, and cheap to train outright
     key = jax.random.key(args.seed)
-    probe, lora = (jlora.init(key, params, sites, rules) for rules in ([head], [head, factors]))
+    probe, lora = (jlora.init(key, params, sites, rules) for rules in ([head], [head, small, factors]))
     print(jlora.summary(params, lora).splitlines()[-1])
 
     methods = {
         "linear probe": (adapted, probe, params, 1e-2),
         "LoRA rank 8": (adapted, lora, params, 5e-3),
-        "full fine-tuning": (full, params, None, 5e-4),
+        "full fine-tuning": (full, params, None, 1e-3),
         "from scratch": (full, fresh, None, 1e-3),
     }
     if args.quick:

@@ -36,7 +36,7 @@ import jlora
 LENGTH = 64  # tokens a window
 RANK = 8
 EVAL_BATCH = 8
-NEW, OLD = "Hamlet", "old text"
+NEW, OLD = "perplexity, Hamlet", "perplexity, old text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
                 f"{name}: perplexity on Hamlet went from {before[NEW]:.1f} to {curve[-1][NEW]:.1f} only."
             )
     equal = max(min(point[NEW] for point in curve) for curve in curves.values())  # what both have reached
-    column = f"{OLD} at {NEW} {equal:.1f}"
+    column = f"{OLD}, at {equal:.1f}"  # on Hamlet
     rows = [training.row("base", before | {column: before[OLD]})]
     rows += [training.row(name, c[-1] | {column: old_at(c, equal)}, fits[name]) for name, c in curves.items()]
     plot(args.out / "forgetting.png", curves, plan.evaluated, equal)

@@ -144,12 +144,12 @@ class Interpreter:
             return value
         if not self.allow_dense:
             place = f" at {_jax.where(self.within)}" if self.within else ""
+            why = f"  reason: {reason}\n" if reason else ""
             raise DenseWeightError(
                 f"The adapted weight '{self.name(value.branch.path)}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
-                + f"  reason: {reason}\n"
-                * bool(reason)
-                + "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
+                f"{why}"
+                "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"
                 '  targets, train it outright with Full, or accept a full-size gradient: wrap(fn, dense="allow").'
             )
         return value.dense()

@@ -162,3 +162,6 @@ def test_weights_joined_at_different_rates_are_refused_under_dropout(name):
     jax.block_until_ready(apply(params, lora, X))
     with pytest.raises(jlora.DenseWeightError, match=r"dropout of different rates, 0\.1 and 0\.5: give them one"):
         apply(params, lora, X, dropout_key=KEY)
+    lora = jax.tree.map(jnp.ones_like, lora)  # made dense, they see no dropout
+    got = jlora.wrap(fn, dense="allow")(params, lora, X, dropout_key=KEY)
+    np.testing.assert_allclose(got, fn(jlora.merge(params, lora), X), rtol=1e-5)

@@ -5,11 +5,13 @@ Nothing here knows about adapters. Every time comes back as its raw samples, so 
 
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,34 @@ def memory(compiled: Any) -> dict[str, int]:
     """Bytes of a compiled program's temporaries and of its results; its arguments not counted."""
     analysis = compiled.memory_analysis()
     return {"temporaries": analysis.temp_size_in_bytes, "results": analysis.output_size_in_bytes}
+
+
+class Collective(NamedTuple):
+    """A collective operation of a compiled program: its kind, and the bytes of its result on one device."""
+
+    kind: str
+    bytes: int
+
+
+_COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\("
+)
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """Every collective in the text of a compiled program; one in the body of a loop counts once."""
+    found = []
+    for result, kind, started in _COLLECTIVE.findall(hlo):
+        sizes = [_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(result)]
+        # One that is started has its operand in its result too, and on some backends scalars of context.
+        found.append(Collective(kind, max(sizes) if started and kind != "all-reduce" else sum(sizes)))
+    return found
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
+    return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

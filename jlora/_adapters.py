@@ -80,6 +80,10 @@ class Adapter:
         """Shape of the leaf this adapts."""
         raise TypeError(f"{type(self).__name__} does not define shape.")
 
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        """For each data field, the axis of the leaf that each of its axes runs along (``None``: none), so that it is split as that is."""
+        return {name: tuple(range(len(self.shape))) for name in self.labels}
+
     def arrays(self) -> dict[str, jax.Array]:
         """The data fields by name."""
         return {name: getattr(self, name) for name in self.labels}
@@ -135,6 +139,10 @@ class LowRank(Adapter):
         sizes = dict(zip((*self.batch, *self.inputs), self.a.shape[:-1], strict=True))
         sizes |= dict(zip(self.outputs, self.b.shape[n + 1 :], strict=True))
         return tuple(sizes[d] for d in sorted(sizes))
+
+    def axes(self) -> dict[str, tuple[int | None, ...]]:
+        """The inputs in ``a``, the outputs in ``b``, the batch axes in both; the rank is no axis of the leaf."""
+        return {"a": (*self.batch, *self.inputs, None), "b": (*self.batch, None, *self.outputs)}
 
     def enter(self, w: jax.Array, branch: Branch, key: jax.Array | None) -> Factored:
         """The leaf ``w`` with this update, factored. The scale goes into ``b``, the smallest array it can go into."""

@@ -233,7 +233,8 @@ def contract(
         order: Order of labels the caller would like, or ``None``.
         precision: As for ``lax.dot_general``.
         dtype: Of the result.
-        specs: Mesh axes of each label under explicit sharding, or ``None``: then axes are not merged, for a merged axis cannot be split.
+        specs: Mesh axes of each label, from ``mesh_axes``, if the arrays may be split over devices: then axes are not merged, for only
+            the first of merged axes can stay split without communication. Else ``None``.
 
     Returns:
         The product and its labels: batch axes, then free axes of the operand that ``order`` names first, then those of the other.
@@ -246,7 +247,8 @@ def contract(
     x_free, y_free = _ordered(xl, yl, order), _ordered(yl, xl, order)
     labels = (*batch, *x_free, *y_free)
     if specs is not None:
-        sharding = jax.sharding.PartitionSpec(*(specs.get(d) for d in labels))
+        explicit = _jax.is_explicit(x) or _jax.is_explicit(y)
+        sharding = jax.sharding.PartitionSpec(*(specs.get(d) for d in labels)) if explicit else None
         dims = ((_axes(xl, summed), _axes(yl, summed)), (_axes(xl, batch), _axes(yl, batch)))
         out = lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, out_sharding=sharding)
         # dot_general leaves free axes in the order the operands have them.
@@ -379,8 +381,8 @@ def scale_part(part: jax.Array, labels: Labels, gain: jax.Array, how: Callable[.
 
 
 def mesh_axes(*arrays: tuple[Any, Labels]) -> dict[int, Any] | None:
-    """The mesh axes of each label under explicit sharding, from arrays and their labels; ``None`` if nothing is split explicitly."""
-    found = [(_jax.explicit_spec(x), labels) for x, labels in arrays]
+    """The mesh axes of each label where they are known, from arrays and their labels; ``None`` if nothing can be split over devices."""
+    found = [(_jax.mesh_spec(x), labels) for x, labels in arrays]
     if all(spec is None for spec, _ in found):
         return None
     return {

@@ -34,6 +34,8 @@ RULES: dict[str, Callable[[Eqn, int, Sequence[Any], int], list[Any]]] = {
 class DenseWeightError(ValueError):
     """An adapted weight would have to be formed as one dense array."""
 
+    __module__ = "jlora"  # where people import it from
+
 
 class Interpreter:
     """Evaluates programs; one object for one trace of the whole function.

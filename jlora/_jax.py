@@ -264,15 +264,34 @@ def place(x: Any, sharding: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
+def reshard(eqn: Eqn, x: Any, axes: Sequence[int | None]) -> Any:
+    """``x`` moved as ``eqn``, a ``reshard``, moves its operand; ``axes`` says which axis of that each axis of ``x`` follows."""
+    to = eqn.params["dst_sharding"]
+    spec = jax.sharding.PartitionSpec(*(None if d is None else dict(enumerate(to.spec)).get(d) for d in axes))
+    return eqn.primitive.bind(x, **eqn.params | {"dst_sharding": to.update(spec=spec)})
+
+
 def placed_like(x: Any, like: Any) -> Any:
     """``x``, of the shape of ``like``, split as it is where the mesh is in explicit mode."""
-    return x if explicit_spec(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
+    return x if not is_explicit(like) else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
-def explicit_spec(x: Any) -> Any:
-    """The ``PartitionSpec`` of ``x`` if its mesh is in explicit mode and splits it, else ``None``."""
+def is_explicit(x: Any) -> bool:
+    """Whether ``x`` lives on a mesh that has axes in explicit mode: its sharding is part of its type."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and mesh._any_axis_explicit
+
+
+def mesh_spec(x: Any) -> Any:
+    """The ``PartitionSpec`` of ``x`` if it may be split over devices, else ``None``.
+
+    On explicit mesh axes the type tells. On automatic ones the compiler decides, and says nothing: then any axis may be split, unless
+    there is but one device. Inside ``shard_map`` axes are manual: an array there is on one device.
+    """
     sharding = jax.typeof(x).sharding
     spec = getattr(sharding, "spec", ())
-    if sharding.mesh.empty or not sharding.mesh._any_axis_explicit or all(s is None for s in spec):
-        return None
-    return spec
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    automatic = any(
+        n > 1 and kind == jax.sharding.AxisType.Auto for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
+    return spec if automatic or any(s is not None for s in spec) else None

@@ -150,13 +150,7 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
     elif target == ALL_LINEAR:
         found = [site for site in sites.values() if ("linear" in site.kind or "conv" in site.kind) and not site.head]
         if not found:
-            heads = [site.path for site in sites.values() if site.head]
-            hint = (
-                f"\n  The output head is left out: name it to adapt it, targets={heads[0]!r}."
-                if heads
-                else "\n  print(sites) shows how each leaf is used."
-            )
-            raise ValueError(f"No weight matches target 'all-linear'.{hint}")
+            raise ValueError(f"No weight matches target 'all-linear'.{_left_out(sites)}")
     else:
         found = [site for path, site in everything.items() if target == path or re.fullmatch(target, path)]
         if not found:
@@ -164,6 +158,17 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
     for site in found:
         _check_usable(rule, site)
     return found
+
+
+def _left_out(sites: Sites) -> str:
+    """Why ``"all-linear"`` may have found nothing: what looks like a weight, and is not in it."""
+    heads = [site.path for site in sites.values() if site.head]
+    blocked = [site for site in sites.skipped.values() if len(site.shape) > 1 and site.kind == "dense"]
+    hints = [f"The output head is left out: name it to adapt it, targets={heads[0]!r}."] if heads else []
+    if blocked:
+        site, more = blocked[0], f" ({len(blocked)} such leaves)" if len(blocked) > 1 else ""
+        hints.append(f"'{site.path}' {site.shape} is left out: {site.reason}{more}.")
+    return "".join(f"\n  {hint}" for hint in hints or ["print(sites) shows how each leaf is used."])
 
 
 def _advice(target: str, paths: list[str]) -> str:
@@ -220,6 +225,7 @@ def _several(targets: Any) -> tuple[Any, ...]:
 
 def _name(rule: Rule) -> str:
     shown = ", ".join(getattr(t, "__qualname__", None) or repr(t) for t in _several(rule.targets))
+    shown = f"[{shown}]" if isinstance(rule.targets, tuple) else shown
     return f"{type(rule).__name__}(targets={shown})"
 
 

@@ -13,7 +13,7 @@ from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
 from jlora._discover import NONE, Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
-from jlora._trace import trace_call
+from jlora._trace import check_function, trace_call
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ class Sites(Mapping[str, Site]):
         text = table(("path", "shape", "use", "inputs", "outputs", "batch", "parameters"), rows, right=(6,))
         text += f"\n{len(self)} {'weight' if len(self) == 1 else 'weights'} can be adapted, {total:,} parameters."
         if self.skipped:
-            rest = [(s.path, _shape(s.shape), s.reason) for s in self.skipped.values()]
+            # What looks like a weight first: biases and gains are many, and nobody misses them.
+            ordered = sorted(self.skipped.values(), key=lambda s: (-min(sum(n > 1 for n in s.shape), 2), s.path))
+            rest = [(s.path, _shape(s.shape), s.reason) for s in ordered]
             text += f"\n\n{table(('path', 'shape', 'cannot be adapted because'), rest)}"
         return text
 
@@ -136,8 +138,7 @@ def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> 
         >>> found.skipped["bias"].kind
         'dense'
     """
-    if not callable(fn):
-        raise TypeError(f"sites takes the function first: sites(fn, params, *args).\n  got: {type(fn).__name__} as fn")
+    check_function(fn, "sites(fn, params, *args)")
     call = trace_call(fn, _paths.flatten(params), args, kwargs)
     finder = Finder(call.data)
     leaves = [leaf(path, x) for path, x in zip(call.paths, call.leaves, strict=True)]

@@ -29,6 +29,20 @@ class Call(NamedTuple):
     data: frozenset[_jax.Var]
 
 
+def check_function(fn: Any, call: str) -> None:
+    """Raises unless ``fn`` is a function of parameters, and not a Flax module, which holds or makes its own."""
+    bases = [f"{base.__module__}.{base.__qualname__}" for base in type(fn).__mro__]
+    if any(name.startswith("flax.nnx.") and name.endswith(".Module") for name in bases):
+        hint = "An NNX module holds its parameters: fn, params = jlora.nnx.split(module)."
+    elif "flax.linen.module.Module" in bases:
+        hint = "Pass the module's function of its parameters: module.apply."
+    elif callable(fn):
+        return
+    else:
+        hint = "Pass a function whose first argument is a tree of parameters."
+    raise TypeError(f"The function comes first: {call}.\n  got: {type(fn).__name__} as fn\n  {hint}")
+
+
 def is_array(x: Any) -> bool:
     """Whether an argument is traced. Python numbers, flags, strings and functions are not: they stay as they are."""
     if isinstance(x, np.ndarray | np.generic):

@@ -106,6 +106,11 @@ def _unstack(eqn: Eqn, f: Factored, values: Sequence[Any]) -> list[Along]:
     return [piece(i) for i in range(f.shape[axis])]
 
 
+def _reshard(eqn: Eqn, f: Factored, values: Sequence[Any]) -> list[Along]:
+    """Each axis of a factor goes where the axis of the weight goes that it runs along."""
+    return [lambda part, ls: (_jax.reshard(eqn, part, [None if d == RANK else d for d in ls]), ls)]
+
+
 def _all_gather(eqn: Eqn, f: Factored, values: Sequence[Any]) -> list[Along]:
     """The whole weight of its shards: a factor that runs along the axis is gathered too, if the other is the same on every device."""
     axis, names = eqn.params["all_gather_dimension"], eqn.params["axis_name"]
@@ -136,6 +141,7 @@ _ALONG: dict[str, Callable[..., list[Along]]] = {
     "split": _split,
     "tile": _tile,
     "unstack": _unstack,
+    "reshard": _reshard,
 }
 
 

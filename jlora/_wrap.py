@@ -16,7 +16,7 @@ from jlora._factored import Branch
 from jlora._init import as_key, fold_path
 from jlora._interpret import Interpreter
 from jlora._sites import RETURNED
-from jlora._trace import trace_call
+from jlora._trace import check_function, trace_call
 
 
 def wrap(
@@ -55,8 +55,7 @@ def wrap(
         >>> bool((apply(params, lora, x) == jax.jit(model)(params, x)).all())
         True
     """
-    if not callable(fn):
-        raise TypeError(f"wrap takes a function of a parameter tree.\n  got: {type(fn).__name__}")
+    check_function(fn, "wrap(fn)")
     if dense not in ("error", "allow"):
         raise ValueError(f"dense must be 'error' or 'allow'.\n  got: {dense!r}")
 

@@ -16,8 +16,11 @@ class Functional:
     raises, unless ``mutable=True``: then the call returns ``(output, state)``, and ``state=`` passes it to the next one.
     """
 
-    def __init__(self, graph: Any, state: Any):
-        self._graph, self.state = graph, state
+    def __init__(self, graph: Any, state: Any, name: str):
+        self._graph, self.state, self._name = graph, state, name
+
+    def __repr__(self) -> str:
+        return f"jlora.nnx.Functional({self._name})"
 
     def __call__(
         self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any
@@ -65,7 +68,7 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
         raise TypeError(f"split takes an nnx.Module.\n  got: {type(module).__name__}")
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, params, state = parts
-    return Functional(graph, state), nnx.to_pure_dict(params)
+    return Functional(graph, state, type(module).__name__), nnx.to_pure_dict(params)
 
 
 def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:

@@ -1,5 +1,10 @@
 """Settings under which every test runs: types and ranks are never promoted in silence."""
 
+import os
+
+# Eight CPU devices, for meshes; what does not ask for one runs on the first. Before the first import of JAX.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
 import jax
 import pytest
 

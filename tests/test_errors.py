@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BY_NAME
+from flax import nnx
 from jax import lax
 
 import jlora
@@ -198,12 +199,40 @@ def test_init_a_of_a_wrong_shape():
         init(jlora.LoRA(rank=1, targets="mlp/up/kernel", init_a=lambda key, shape, dtype: jnp.ones(3)))
 
 
+def test_all_linear_that_finds_nothing_names_what_it_leaves_out():
+    def normed(p, x):
+        return jnp.tanh(x @ (p["v"] / jnp.linalg.norm(p["v"]))) @ p["o"]
+
+    p = {"v": jnp.ones((3, 5)), "o": jnp.ones((5, 2))}
+    found = jlora.sites(normed, p, jnp.ones((2, 3)))
+    with pytest.raises(
+        ValueError, match=r"head is left out.*'o'.*\n.*'v' \(3, 5\) is left out: all of it is needed by"
+    ):
+        jlora.init(KEY, p, found, jlora.LoRA(rank=1))
+
+
+def test_what_looks_like_a_weight_comes_first_among_what_cannot_be_adapted():
+    p = {"a": jnp.ones(3), "b": jnp.ones((3, 3)), "c": jnp.ones((3, 2))}
+    text = str(jlora.sites(lambda p, x: (x + p["a"][None]) @ (p["b"] * p["b"]) @ p["c"], p, jnp.ones((2, 3))))
+    rest = text.split("cannot be adapted because")[1]
+    assert rest.index("\nb ") < rest.index("\na ")
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_modules_in_place_of_functions():
+    with pytest.raises(TypeError, match=r"(?s)Linear as fn.*jlora.nnx.split"):
+        jlora.wrap(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"(?s)Dense as fn.*module.apply"):
+        jlora.sites(nn.Dense(2), PARAMS, X)
+    with pytest.raises(TypeError, match=r"(?s)int as fn.*first argument is a tree"):
+        jlora.wrap(3)
 
 
 def test_arguments_in_another_order():
     lora = init(jlora.LoRA(rank=1, targets="mlp/.*/kernel"))
-    with pytest.raises(TypeError, match="sites takes the function first"):
+    with pytest.raises(TypeError, match=r"The function comes first: sites\(fn, params, \*args\).*\n.*dict as fn"):
         jlora.sites(PARAMS, net, X)
     with pytest.raises(TypeError, match=r"init takes \(key, params, sites, rules\).*\n.*dict as sites"):
         jlora.init(KEY, SITES, PARAMS, jlora.LoRA())
@@ -215,7 +244,7 @@ def test_arguments_in_another_order():
         jlora.merge(lora, PARAMS)
     with pytest.raises(TypeError, match="lora must be a dict from path to adapter"):
         jlora.wrap(net)(PARAMS, X)
-    with pytest.raises(TypeError, match="wrap takes a function"):
+    with pytest.raises(TypeError, match=r"The function comes first: wrap\(fn\)"):
         jlora.wrap(PARAMS)
     with pytest.raises(ValueError, match="dense must be 'error' or 'allow'"):
         jlora.wrap(net, dense="yes")

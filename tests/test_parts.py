@@ -1,10 +1,8 @@
 """Discovery, initial values, merging, shardings and NNX, beyond what the laws say."""
 
 import dataclasses
-import os
 import subprocess
 import sys
-import textwrap
 from typing import ClassVar
 
 import flax.linen as nn
@@ -280,68 +278,6 @@ def test_shardings_of_an_inner_jit_are_kept():
     program = str(jax.make_jaxpr(jlora.wrap(fn))(params, lora, x))
     assert program.count("sharding_constraint") == 2
     np.testing.assert_array_equal(jax.jit(jlora.wrap(fn))(params, lora, x), fn(params, x))
-
-
-SHARDED = """
-    import jax, jax.numpy as jnp, numpy as np, jlora
-    from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
-    assert jax.device_count() == 8
-    rng = np.random.default_rng(0)
-    host = {"u": rng.standard_normal((16, 32)), "v": rng.standard_normal((32, 16)), "s": rng.standard_normal((2, 16, 16)),
-            "h": rng.standard_normal((16, 4, 4))}
-    host = {n: jnp.asarray(w / 4, jnp.float32) for n, w in host.items()}
-    x = jnp.asarray(rng.standard_normal((8, 4, 16)), jnp.float32)
-    spec = {"u": P("data", "model"), "v": P("model", "data"), "s": P(None, "data", "model"), "h": P("data", "model")}
-
-    def net(explicit, p, x):
-        how = dict(out_sharding=P("data", None, None)) if explicit else {}
-        up = dict(out_sharding=P("data", None, "model")) if explicit else {}
-        x = jnp.einsum("btm,md->btd", jnp.tanh(jnp.einsum("btd,dm->btm", x, p["u"], **up)), p["v"], **how)
-        x = jax.lax.scan(lambda c, w: (c + jnp.tanh(jnp.einsum("btd,de->bte", c, w, **how)), None), x, p["s"])[0]
-        return jnp.einsum("btd,dhk->bthk", x, p["h"], **(dict(out_sharding=P("data", None, "model", None)) if explicit else {}))
-
-    def total(y):
-        return (y ** 2).sum()
-
-    def run(params, x, explicit):
-        fn = lambda p, x: net(explicit, p, x)
-        sites = jlora.sites(fn, params, x)
-        lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=4, alpha=4, targets=".*"))
-        lora = jax.tree.map(lambda f: f + 0.1, lora)
-        apply = jlora.wrap(fn)
-        grads = jax.jit(jax.grad(lambda l, p, x: total(apply(p, l, x))))(lora, params, x)
-        return jax.jit(apply)(params, lora, x), grads, lora, jlora.merge(params, lora)
-
-    expected = run(host, x, False)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
-        with jax.set_mesh(mesh):
-            params = {n: jax.device_put(w, NamedSharding(mesh, spec[n])) for n, w in host.items()}
-            got = run(params, jax.device_put(x, NamedSharding(mesh, P("data"))), kind == AxisType.Explicit)
-            for path, want in jlora.shardings(got[2], params).items():
-                assert got[2][path].a.sharding.is_equivalent_to(want.a, got[2][path].a.ndim), path
-                assert got[2][path].b.sharding.is_equivalent_to(want.b, got[2][path].b.ndim), path
-            assert not got[2]["u"].a.sharding.is_fully_replicated
-            for n, w in got[3].items():
-                assert w.sharding == params[n].sharding
-            jlora.save("adapter" + str(kind), got[2])
-            again = jlora.load("adapter" + str(kind), params)
-            for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(got[2])):
-                assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-                np.testing.assert_array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got)):
-            np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4, rtol=2e-4)
-    print("agree")
-"""
-
-
-def test_automatic_and_explicit_meshes(tmp_path):
-    """On eight CPU devices: factors born split, the same numbers in both modes, merged leaves placed as the base."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)], capture_output=True, text=True, env=env, cwd=tmp_path
-    )
-    assert child.stdout.strip().endswith("agree"), child.stderr[-3000:]
 
 
 # --- NNX -------------------------------------------------------------------------------------------------------------

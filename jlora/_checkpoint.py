@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _paths
+from jlora import _hosts, _paths
 from jlora._adapters import KINDS, Adapter, Fingerprint, LowRank, fingerprint
 from jlora._sharding import shardings
 from jlora._wrap import check_base, check_lora
@@ -117,8 +117,10 @@ def _is_placed(leaf: Any) -> bool:
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
     """Saves an adapter, and only it, as a folder.
 
+    With several processes all of them call it, with the same adapter: each writes its own part of it.
+
     Args:
-        path: The folder.
+        path: The folder; with several processes one that all of them see.
         lora: Adapters by path.
         overwrite: Replace an adapter that is already there. The old one stays until the new one is complete.
         **meta: Anything JSON can hold, kept beside the arrays; ``jlora.metadata`` reads it.
@@ -126,7 +128,7 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     Raises:
         FileExistsError: there is something at ``path`` and ``overwrite`` was not said; or it is no adapter.
         TypeError: ``meta`` is not JSON.
-        ValueError: an array is not finite, or ``lora`` is no adapter.
+        ValueError: an array is not finite, ``lora`` is no adapter, or processes have different ones; raised on all of them.
         OSError: the disk is full or cannot be written; what was there is unchanged.
 
     Example:
@@ -143,32 +145,55 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
         (True, {'task': 'demo'})
     """
     path = _folder(path)
-    description = describe(lora, **meta)
-    for leaf_path, adapter in lora.items():
-        for name, x in adapter.arrays().items():
-            if isinstance(x, jax.core.Tracer):
-                raise TypeError(
-                    f"save cannot run inside a transformation such as jit: '{leaf_path}'.{name} is a tracer."
-                )
-            if not bool(np.isfinite(np.asarray(x, dtype=np.float32) if x.dtype.itemsize < 4 else np.asarray(x)).all()):
-                raise ValueError(
-                    f"'{leaf_path}'.{name} is not finite: the adapter is not saved.\n  The last good one is kept."
-                )
-    _check_free(path, overwrite)
-    path.mkdir(parents=True, exist_ok=True)
-    arrays = path / f"arrays-{uuid.uuid4().hex[:12]}"
+    description = _checked(lora, meta)
+    _hosts.together(lambda: _check_free(path, overwrite) if _hosts.is_first() else None)
+    name = _hosts.first(lambda: f"arrays-{uuid.uuid4().hex[:12]}")
+    arrays = path / name
     with contextlib.ExitStack() as undo:
-        undo.callback(_discard, path, arrays.name)
+        undo.callback(_on_first, _discard, path, name)
+        _hosts.together(lambda: _on_first(path.mkdir, parents=True, exist_ok=True))
         _write_arrays(arrays, lora)
-        description |= {"arrays": arrays.name, "files": _digests(arrays)}
-        description["digest"] = _digest(description)
-        _write_json(path / _JSON, description)
+        _hosts.together(lambda: _on_first(_write_description, path, name, description))
         undo.pop_all()
-    _sweep(path, arrays.name)
+    _hosts.together(lambda: _on_first(_sweep, path, name))
+
+
+def _on_first(fn: Any, *args: Any, **kwargs: Any) -> None:
+    if _hosts.is_first():
+        fn(*args, **kwargs)
+
+
+def _checked(lora: Mapping[str, Adapter], meta: dict[str, Any]) -> dict[str, Any]:
+    """The description of an adapter that can be saved; several processes must have the same."""
+    found: dict[str, Any] = {}
+
+    def check() -> None:
+        found.update(describe(lora, **meta))
+        for leaf_path, adapter in lora.items():
+            for name, x in adapter.arrays().items():
+                _check_array(f"'{leaf_path}'.{name}", x)
+
+    _hosts.together(check)
+    local = [x for _, a in sorted(lora.items()) for x in a.arrays().values() if _hosts.is_local(x)]
+    _hosts.agree("the adapter", [json.dumps(found, sort_keys=True), *(np.asarray(x) for x in local)])
+    return found
+
+
+def _check_array(name: str, x: Any) -> None:
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"save cannot run inside a transformation such as jit: {name} is a tracer.")
+    for piece in _hosts.pieces(x):
+        if not bool(np.isfinite(piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece).all()):
+            raise ValueError(f"{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
+
+
+def _write_description(path: Path, arrays: str, description: dict[str, Any]) -> None:
+    described = description | {"arrays": arrays, "files": _digests(path / arrays)}
+    _write_json(path / _JSON, described | {"digest": _digest(described)})
 
 
 def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]:
-    """Loads an adapter.
+    """Loads an adapter. With several processes all of them call it.
 
     Args:
         path: The folder ``save`` wrote.
@@ -276,12 +301,17 @@ def _as_tree(lora: Mapping[str, Adapter]) -> dict[str, dict[str, Any]]:
     return {_key(i): adapter.arrays() for i, (_, adapter) in enumerate(sorted(lora.items()))}
 
 
+def _written_once(x: Any) -> Any:
+    """What orbax saves: of an array that every process has for itself, one copy."""
+    return np.asarray(x) if _hosts.is_local(x) else x
+
+
 def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, _as_tree(lora))
+            checkpointer.save(folder, jax.tree.map(_written_once, _as_tree(lora)))
             checkpointer.wait_until_finished()
     except (ValueError, OSError) as error:  # the storage below reports a full disk as a ValueError
         raise OSError(

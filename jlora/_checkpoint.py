@@ -100,7 +100,7 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
         )
     check_base(lora, paths, leaves)
     placed = {path for path, leaf in zip(paths, leaves, strict=True) if path in lora and _is_placed(leaf)}
-    where = shardings({path: lora[path] for path in placed}, params)
+    where = shardings({path: lora[path] for path in placed}, params) if placed else {}
     return {
         path: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), adapter, where[path])
         if path in placed

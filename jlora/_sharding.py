@@ -8,20 +8,21 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import _paths
-from jlora._adapters import Adapter
+from jlora._adapters import Adapter, is_adapter
 
 # Flax keeps an array that has metadata in a box; its contents have this key below the path of the box.
 _BOXED = "/value"
 
 
-def shardings(lora: Mapping[str, Adapter], base: Any, *, mesh: Mesh | None = None, rules: Any = None) -> Any:
+def shardings(lora: Any, base: Any, *, mesh: Mesh | None = None, rules: Any = None) -> Any:
     """The sharding of each array of ``lora``, derived from its base leaf's.
 
     ``a`` is split as the input axes of its leaf are, ``b`` as the output axes, both as the batch axes (layers of a scan, experts);
     the rank is never split. An axis that the devices of its mesh axes do not divide is kept whole, which ``jlora.summary`` tells.
 
     Args:
-        lora: Adapters by path (their arrays may be ``jax.ShapeDtypeStruct``s).
+        lora: Adapters by path, or any tree that holds such dicts: an optimiser's state is split as the adapter it belongs to, and
+            what is no adapter in it (a count) is whole on every device. Arrays may be ``jax.ShapeDtypeStruct``s.
         base: The base's parameters, or a tree of the same structure that holds shardings or ``PartitionSpec``s, for instance from
             ``flax.linen.get_partition_spec`` or ``flax.nnx.get_partition_spec``. Where an array is in a box of
             ``flax.linen.with_partitioning``, the names in the box count, unless it is split over a mesh already.
@@ -33,7 +34,8 @@ def shardings(lora: Mapping[str, Adapter], base: Any, *, mesh: Mesh | None = Non
         leaf's own sharding (a single device).
 
     Raises:
-        ValueError: an adapted leaf is missing, a spec is longer than the leaf has axes, or names an axis that the mesh does not have.
+        ValueError: there is no adapter, an adapted leaf is missing, a spec is longer than the leaf has axes, or names an axis that
+            the mesh does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -47,15 +49,35 @@ def shardings(lora: Mapping[str, Adapter], base: Any, *, mesh: Mesh | None = Non
     """
     keyed, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=_has_sharding)
     found = {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in keyed}
-    out = {}
-    for path, adapter in lora.items():
-        leaf = next((found[p] for p in _spellings(path) if p in found), None)
-        if leaf is None:
-            raise ValueError(
-                f"The base has no leaf '{path}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, found))}"
-            )
-        out[path] = _of(path, adapter, _named(path, _sharding(leaf), mesh, rules))
-    return out
+    nodes, tree = jax.tree_util.tree_flatten_with_path(lora, is_leaf=is_adapter)
+    known = {}
+    for keys, adapter in nodes:
+        if is_adapter(adapter):
+            path = str(getattr(keys[-1], "key", "")) if keys else ""
+            known[keys] = _of(path, adapter, _named(path, _sharding(_leaf(path, found)), mesh, rules))
+    if not known:
+        raise ValueError(
+            "There is no adapter in this tree: no sharding follows from the base.\n"
+            "  Pass what jlora.init returned, or a tree that holds it."
+        )
+    rest = _whole(jax.tree.leaves(list(known.values()), is_leaf=_is_sharding)[0])
+    return jax.tree.unflatten(tree, [known.get(keys, rest) for keys, _ in nodes])
+
+
+def _leaf(path: str, found: Mapping[str, Any]) -> Any:
+    leaf = next((found[p] for p in _spellings(path) if p in found), None)
+    if leaf is None:
+        raise ValueError(
+            f"The base has no leaf '{path}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, found))}"
+        )
+    return leaf
+
+
+def _whole(like: Any) -> Any:
+    """Of what is whole on every device: a sharding of the kind of ``like``."""
+    if isinstance(like, NamedSharding):
+        return NamedSharding(like.mesh, PartitionSpec())
+    return PartitionSpec() if isinstance(like, PartitionSpec) else like
 
 
 def _spellings(path: str) -> Iterator[str]:

@@ -258,7 +258,7 @@ def test_shardings_follow_the_base():
     specs["params"]["query"]["kernel"] = P("data", "model", None, None)
     with pytest.raises(ValueError, match="of 'params/query/kernel' is longer than its 3 axes"):
         jlora.shardings(lora, specs)
-    with pytest.raises(ValueError, match=r"no leaf 'params/query/kernel'.*\n.*nearest"):
+    with pytest.raises(ValueError, match=r"no leaf 'params/key/kernel'.*\n.*nearest"):
         jlora.shardings(lora, {"params": {"qeury": {"kernel": P()}}})
     with pytest.raises(ValueError, match="has no sharding"):
         jlora.shardings(lora, jax.tree.map(lambda x: 3, case.params))

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -334,6 +335,30 @@ def test_sharding_metadata_of_nnx():
         MESH, P(None, "model")
     )
     assert same_place(lora["kernel"].b, NamedSharding(MESH, P(None, "model")))
+
+
+def test_an_optimiser_is_split_as_its_adapter(standard_promotion):
+    params = {"w": jax.device_put(jnp.ones((16, 8)), NamedSharding(MESH, P("data", "model")))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    tx = jlora.freeze(optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+    tree = {"base": params, "lora": lora}
+    state = jax.eval_shape(tx.init, tree)
+    where = jlora.shardings(state, params)
+    placed = jax.jit(tx.init, out_shardings=where)(tree)
+    moments = [
+        x
+        for x in jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, jlora.Adapter))
+        if isinstance(x, jlora.Adapter)
+    ]
+    assert len(moments) == 2
+    for moment in moments:
+        assert same_place(moment.a, lora["w"].a.sharding)
+        assert same_place(moment.b, lora["w"].b.sharding)
+    others = [x for x in jax.tree.leaves(placed) if x.ndim == 0]
+    assert others
+    assert all(x.sharding.is_fully_replicated for x in others)
+    with pytest.raises(ValueError, match="There is no adapter in this tree"):
+        jlora.shardings({"w": jnp.ones(3)}, params)
 
 
 def test_an_axis_that_devices_do_not_divide_is_kept_whole_and_the_summary_says_so():

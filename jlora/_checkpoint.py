@@ -85,7 +85,10 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
             )
         base = Fingerprint(description["base"])
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        shapes = {path: shape for path, shape, _ in base.leaves}
+        for path, adapter in lora.items():
+            _check_entry(path, adapter, shapes)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {error}.") from None
     if not lora:
         raise ValueError("The description of the adapter is damaged: it names no leaf.")
@@ -289,7 +292,24 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
         static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
         if not (math.isfinite(static["scale"]) and static["scale"] > 0):
             raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
+        if not 0 <= static["dropout"] < 1:
+            raise ValueError(f"The description of the adapter is damaged: dropout is {static['dropout']}.")
     return kind(**arrays, **static)
+
+
+def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless an adapter that was read fits the leaf it says it is for."""
+    if path not in shapes:
+        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{path}'.")
+    groups = (adapter.batch, adapter.inputs, adapter.outputs) if isinstance(adapter, LowRank) else ()
+    axes = sorted(d for group in groups for d in group)
+    if groups and axes != list(range(len(shapes[path]))):
+        raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
+    floats = all(np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" for x in adapter.arrays().values())
+    ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}
+    if adapter.shape != shapes[path] or not floats or len(ranks) != 1:
+        found = {name: f"{x.shape} {x.dtype}" for name, x in adapter.arrays().items()}
+        raise ValueError(f"The description of the adapter is damaged: '{path}' {shapes[path]} has {found}.")
 
 
 def _key(index: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _jax
-from jlora._primitives import JOINS, USES, VIEWS, gain_axes, picked
+from jlora._primitives import JOINS, USES, VIEWS, gain_axes, is_empty, is_weight, picked
 
 Axes = frozenset[int]
 NONE: Axes = frozenset()
@@ -101,7 +101,7 @@ class Finder:
         if name in _BODIES:
             return _BODIES[name](self, eqn, values)
         positions = [i for i, v in enumerate(values) if v.views]
-        if not positions:
+        if not positions or is_empty(eqn):
             if name in USES and len(_reach(values)) > 1:  # a product of two activations, as in attention
                 self.fed |= _reach(values)
             return [Value((), _reach(values))] * len(eqn.outvars)
@@ -159,7 +159,7 @@ class Finder:
     def view(self, eqn: Any, values: list[Value], position: int) -> list[Value] | None:
         """A view of a view, or ``None`` if the result is no weight any more."""
         reach = _reach(values)
-        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        if not is_weight(eqn, position):
             return None
         made = [new for seen in values[position].views if (new := self.see(eqn, position, seen)) is not None]
         if len(made) < len(values[position].views):

@@ -87,7 +87,7 @@ class Factored:
 
         def reshape_part(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
             wanted = [d for old, _ in groups if set(old) & set(labels) for d in old]
-            return _reshape_part(*_extend(part, labels, wanted, self.shape), groups, w.shape)
+            return _reshape_part(*extend(part, labels, wanted, self.shape), groups, w.shape)
 
         return self.map_parts(w, reshape_part)
 
@@ -99,7 +99,7 @@ class Factored:
         for i in (1, 0):
             if set(axes) <= {*self.labels[i], *constant}:
                 parts, labels = list(self.parts), list(self.labels)
-                part, labels[i] = _extend(parts[i], labels[i], axes, self.shape)
+                part, labels[i] = extend(parts[i], labels[i], axes, self.shape)
                 parts[i] = fn(part, labels[i])
                 return replace(self, w=w, parts=tuple(parts), labels=tuple(labels))
         return None
@@ -176,14 +176,10 @@ class Factored:
             i = size.index(max(size))
             part, part_labels = todo.pop(i)
             order = out if not todo else None
+            # What the model sums in a wider dtype, the thin product in between is kept in too.
+            between = _jax.promote(compute, dtype) if todo else dtype
             t, labels = contract(
-                (t, labels),
-                (part.astype(compute), part_labels),
-                keep[i],
-                order,
-                precision,
-                compute if todo else dtype,
-                specs,
+                (t, labels), (part.astype(t.dtype), part_labels), keep[i], order, precision, between, specs
             )
         return arrange(t, labels, out, shape)
 
@@ -287,7 +283,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels,
     return groups
 
 
-def _extend(part: jax.Array, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> tuple[jax.Array, Labels]:
+def extend(part: jax.Array, labels: Labels, axes: Sequence[int], shape: Sequence[int]) -> tuple[jax.Array, Labels]:
     """Gives ``part`` those of ``axes`` that it does not have: it is constant along them."""
     new = tuple(dict.fromkeys(d for d in axes if d not in labels and shape[d] != 1))
     if not new:

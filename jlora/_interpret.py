@@ -16,7 +16,7 @@ from jax import lax
 
 from jlora import _jax
 from jlora._factored import Factored
-from jlora._primitives import JOINS, VIEWS, Dense
+from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty
 from jlora._products import conv_general_dilated, dot_general, ragged_dot_general
 from jlora._views import join, view
 
@@ -82,6 +82,11 @@ class Interpreter:
         name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
+        if is_empty(eqn):
+            return _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
+        if name in USES:  # where two leaves meet, the one on the right is the weight: the other may be rows of a table
+            values = [self.rows(v) if i in positions[:-1] else v for i, v in enumerate(values)]
+            positions = [i for i in positions if isinstance(values[i], Factored)]
         reason = ""
         try:
             if name in JOINS:
@@ -201,14 +206,16 @@ def _shard_map(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     specs = [_factor_specs(v, spec) for v, spec in zip(values, how.pop("in_specs"), strict=True)]
 
     def local(arrays: list[Any]) -> list[Any]:
-        inside = [
-            replace(v, w=part[0], parts=tuple(part[1:])) if isinstance(v, Factored) else part
-            for v, part in zip(values, arrays, strict=True)
-        ]
+        inside = [_local(v, *part) if isinstance(v, Factored) else part for v, part in zip(values, arrays, strict=True)]
         return [interp.dense(v, "shard_map (returned from its body)") for v in interp.run(body, inside)]
 
     arrays = [[v.w, *v.parts] if isinstance(v, Factored) else v for v in values]
     return list(jax.shard_map(local, in_specs=(specs,), **how | {"out_specs": list(how["out_specs"])})(arrays))
+
+
+def _local(value: Factored, w: jax.Array, *parts: jax.Array) -> Factored:
+    """One device's part of a weight: an axis may have come down to size one, which no factor keeps."""
+    return replace(value, w=w, parts=parts).map_parts(w, lambda part, labels: (part, labels))
 
 
 def _factor_specs(value: Any, spec: Any) -> Any:
@@ -273,7 +280,12 @@ def _cond(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     def branch(program: _jax.Program) -> Callable[[list[Any]], list[Any]]:
         return lambda vs: [interp.dense(v, "cond (returned from a branch)") for v in interp.run(program, vs)]
 
-    return lax.switch(interp.dense(index, "cond (its index)"), [branch(p) for p in _jax.branches(eqn)], operands)
+    found = [branch(p) for p in _jax.branches(eqn)]
+    platforms = _jax.platforms(eqn)
+    if platforms is not None:  # only the branch of the platform at hand is compiled
+        named = {p: f for names, f in zip(platforms, found, strict=True) for p in names or ("default",)}
+        return list(lax.platform_dependent(operands, **named))
+    return lax.switch(interp.dense(index, "cond (its index)"), found, operands)
 
 
 def _barrier(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:

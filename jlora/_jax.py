@@ -133,6 +133,11 @@ def branches(eqn: Eqn) -> list[Program]:
     return [program(branch) for branch in eqn.params["branches"]]
 
 
+def platforms(eqn: Eqn) -> Sequence[tuple[str, ...] | None] | None:
+    """The platforms of each branch of a ``cond`` that ``lax.platform_dependent`` made, ``None`` for the default; else ``None``."""
+    return eqn.params.get("branches_platforms")
+
+
 def repeated(jaxpr: Jaxpr) -> list[Jaxpr]:
     """The bodies that ``jaxpr`` calls more than once: those of a function that was jitted or rematerialised, and traced once."""
     called = [subprogram(eqn).jaxpr for eqn in jaxpr.eqns if eqn.primitive.name in CALLS]
@@ -251,9 +256,18 @@ def is_input_of_trace(x: Any) -> bool:
 
 
 def promote(*dtypes: Any) -> Any:
-    """The dtype that holds values of all ``dtypes``, whatever promotion mode the user has set."""
+    """The dtype that holds values of all ``dtypes``, whatever promotion mode the user has set.
+
+    JAX promotes no float of 8 bits or fewer: where one meets another dtype, it counts as bf16.
+    """
+    if len(set(map(jax.numpy.dtype, dtypes))) > 1:
+        dtypes = tuple(jax.numpy.bfloat16 if _is_tiny(d) else d for d in dtypes)
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jax.numpy.promote_types, dtypes)
+
+
+def _is_tiny(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.numpy.floating) and jax.numpy.finfo(dtype).bits <= 8
 
 
 def place(x: Any, sharding: Any) -> Any:

@@ -8,6 +8,7 @@ needs the weight dense. Evaluation is in ``_views`` and ``_products``; primitive
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import lax
 
 from jlora._factored import Labels, reshape_groups
@@ -100,6 +101,22 @@ VIEWS: dict[str, Callable[[Eqn, Sequence[int]], Flow]] = {
 }
 
 
+def is_weight(eqn: Eqn, position: int) -> bool:
+    """Whether the result of a view can be a weight again: of floats, and complex if it was.
+
+    The real part of A·B is not the product of the real parts.
+    """
+    before, after = eqn.invars[position].aval.dtype, eqn.outvars[0].aval.dtype
+    return jnp.issubdtype(after, jnp.inexact) and jnp.issubdtype(before, jnp.complexfloating) <= jnp.issubdtype(
+        after, jnp.complexfloating
+    )
+
+
+def is_empty(eqn: Eqn) -> bool:
+    """Whether all that an equation makes is empty: then it does not matter what of."""
+    return bool(eqn.outvars) and all(0 in getattr(v.aval, "shape", ()) for v in eqn.outvars)
+
+
 def stacked(eqn: Eqn, shape: Sequence[int]) -> Flow:
     flow: Flow = [(d,) for d in range(len(shape))]
     flow.insert(eqn.params["axis"], ())
@@ -143,8 +160,9 @@ def picked(eqn: Eqn, shape: Sequence[int]) -> Labels | None:
 
 def gain_axes(eqn: Eqn, position: int, shape: Sequence[int]) -> Labels | None:
     """Axes of the result along which ``mul`` or ``div`` varies its factor; ``None`` if the result is not a scaled weight."""
-    if any(n not in (1, m) for n, m in zip(shape, eqn.outvars[0].aval.shape, strict=True)):
-        return None
+    out = eqn.outvars[0].aval.shape
+    if len(shape) != len(out) or any(n not in (1, m) for n, m in zip(shape, out, strict=True)):
+        return None  # such as a scalar that scales an array
     gain = eqn.invars[1 - position].aval.shape
     return tuple(d for d, n in enumerate(gain) if n != 1)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Labels, arrange, contract, mesh_axes
+from jlora._factored import RANK, Labels, arrange, contract, extend, mesh_axes
 from jlora._primitives import Dense, Eqn, ragged_use
 
 
@@ -109,9 +109,14 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
     if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
         raise Dense
     compute = _jax.promote(x.dtype, f.w.dtype)
+    # An axis that neither factor has, for the update is constant along it, is one of the kernel all the same.
+    constant = set(range(len(f.shape))).difference(*f.labels[:2])
     kernels = [
-        _kernel(f.parts[first], f.labels[first], {RANK: rhs_out}, len(f.shape)),
-        _kernel(f.parts[1 - first], f.labels[1 - first], {RANK: rhs_in}, len(f.shape)),
+        _kernel(*extend(f.parts[i], f.labels[i], sorted(constant & of), f.shape), rank, len(f.shape))
+        for i, of, rank in (
+            (first, {rhs_in, *(() if ways[1] else spatial)}, {RANK: rhs_out}),
+            (1 - first, {rhs_out, *(spatial if ways[1] else ())}, {RANK: rhs_in}),
+        )
     ]
     groups = p["feature_group_count"]
     if groups > 1:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Factored, Labels, scale_part
+from jlora._factored import RANK, Factored, Labels, extend, scale_part
 from jlora._join import concatenated, padded, total
-from jlora._primitives import VIEWS, Dense, Eqn, gain_axes, picked, regrouped, stacked
+from jlora._primitives import VIEWS, Dense, Eqn, gain_axes, is_weight, picked, regrouped, stacked
 
 
 def view(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
@@ -23,7 +23,7 @@ def view(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
     if name == "gather":
         return [_take(eqn, values)]
     ws = _jax.bind(eqn, [*values[:position], f.w, *values[position + 1 :]])
-    if not jnp.issubdtype(ws[0].dtype, jnp.inexact):
+    if not is_weight(eqn, position):
         raise Dense
     if name == "pad":
         return [padded(f, ws[0], [tuple(c) for c in eqn.params["padding_config"]])]
@@ -200,9 +200,28 @@ def _take(eqn: Eqn, values: Sequence[Any]) -> Factored:
         return got, (*rows, *(new[d] for d in rest))
 
     taken = f.map_parts(w, take)
+    constant = set(chosen).difference(*f.labels[:2])
+    if constant and mode == lax.GatherScatterMode.FILL_OR_DROP:
+        # No factor has these axes, so none was filled: the update of what is out of bounds is zero by a mask.
+        inside = [(i >= 0) & (i < f.shape[d]) for d in constant for i in [_index_of(numbers, indices, d)]]
+        taken = _masked(taken, rows, jnp.stack(inside).all(axis=0))
     if set(chosen) <= set(f.labels[0]) & set(f.labels[1]) | _units(f):
         return taken
     return replace(taken, picked=0 if set(chosen) & set(f.labels[0]) else 1)
+
+
+def _masked(f: Factored, axes: Sequence[int], mask: jax.Array) -> Factored:
+    """The value with its update where ``mask``, an array along ``axes``, says so, and zero elsewhere."""
+    part, labels = extend(f.parts[0], f.labels[0], axes, f.shape)
+    along = [d for d in axes if f.shape[d] != 1]
+    mask = mask.reshape([f.shape[d] for d in along])
+    aligned = lax.expand_dims(
+        jnp.transpose(mask, [along.index(d) for d in labels if d in along]),
+        [i for i, n in enumerate(labels) if n not in along],
+    )
+    thin = {*labels} <= {*axes, RANK}
+    parts = (part * aligned.astype(part.dtype), *f.parts[1:])
+    return replace(f, parts=parts, labels=(labels, *f.labels[1:]), picked=0 if thin else f.picked)
 
 
 def _units(f: Factored) -> set[int]:

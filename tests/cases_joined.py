@@ -210,3 +210,49 @@ class Routed(nn.Module):
         out = lax.ragged_dot(nn.gelu(lax.ragged_dot(flat[order], up, sizes)), down, sizes)
         gate = jnp.take_along_axis(gates, chosen[:, None], axis=1)
         return x + (out[jnp.argsort(order)] * gate).reshape(x.shape)
+
+
+# --- found by attacks ------------------------------------------------------------------------------------------------
+
+
+def convolve(x, w, stride=1, padding="VALID", **how):
+    return lax.conv_general_dilated(x, w, (stride,), padding, dimension_numbers=("NWC", "WIO", "NWC"), **how)
+
+
+LONG = array(B, 2 * T, D)
+case("conv_constant_along_its_window", W, (LONG,), ONE)(
+    lambda p, x: jnp.tanh(convolve(x, jnp.broadcast_to(p["w"][None], (2, D, M)), 2))
+)
+case("conv_repeated_along_its_window", {"w": array(1, D, M)}, (LONG,), {"w": ((0, 1), (2,), ())})(
+    lambda p, x: jnp.tanh(convolve(x, jnp.tile(p["w"], (3, 1, 1)), 1, "SAME"))
+)
+case("conv_constant_along_its_inputs", {"w": array(3, 1, M)}, (LONG,), {"w": ((0,), (1, 2), ())})(
+    lambda p, x: jnp.tanh(convolve(x, jnp.broadcast_to(p["w"], (3, D, M))))
+)
+case("picked_out_of_bounds_along_a_constant_axis", W, (array(3, D), jnp.array([0, 5, 1])), ONE)(
+    lambda p, x, i: jnp.tanh(
+        jnp.einsum("bd,bdm->bm", x, jnp.broadcast_to(p["w"], (2, D, M)).at[i].get(mode="fill", fill_value=0))
+    )
+)
+case("one_expert_out_of_bounds", {"w": array(1, D, M)}, (array(3, D), jnp.array([0, 1, 0])), BATCHED)(
+    lambda p, x, i: jnp.tanh(jnp.einsum("bd,bdm->bm", x, p["w"].at[i].get(mode="fill", fill_value=0)))
+)
+case("scaled_by_a_parameter", {"w": array(D, D), "alpha": jnp.float32(0.1)}, (X,), ONE)(
+    lambda p, x: x + p["alpha"] * jnp.tanh(x @ p["w"])
+)
+case(
+    "weight_scaled_by_a_parameter",
+    {"w": array(D, M), "v": array(D, M, seed=3), "alpha": jnp.float32(0.3)},
+    (X,),
+    {"w": MATRIX, "v": MATRIX},
+)(lambda p, x: jnp.tanh(x @ (p["w"] + p["alpha"] * p["v"])))
+case(
+    "row_of_a_table_times_a_weight",
+    {"table": array(V, D), "w": array(D, M)},
+    (jnp.int32(2),),
+    {"table": MATRIX, "w": MATRIX},
+)(lambda p, i: jnp.tanh(p["table"][i] @ p["w"]))
+case("empty_view", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"]) + p["w"][:, :0].reshape(D, 0, 2).reshape(D, 0).sum())
+case("platform_dependent", W, (X,), ONE)(
+    lambda p, x: lax.platform_dependent(x, tpu=lambda x: jnp.sin(x @ p["w"]), default=lambda x: jnp.tanh(x @ p["w"]))
+)

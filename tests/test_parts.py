@@ -240,6 +240,28 @@ def test_a_kind_of_ones_own():
         jlora.Adapter().delta(None)
 
 
+def test_a_complex_weight_made_real_is_no_weight():
+    """The real part of A·B is not the product of the real parts."""
+    params, x = {"w": jax.ShapeDtypeStruct((3, 4), jnp.complex64)}, jnp.ones((2, 3))
+    sites = jlora.sites(lambda p, x: x @ jax.lax.convert_element_type(p["w"], jnp.float32), params, x)
+    assert "convert_element_type" in sites.skipped["w"].reason
+
+
+def test_the_thin_product_is_summed_as_wide_as_the_model_asks():
+    """With operands of fp8 and a result in fp32, what lies between the factors overflows fp8."""
+    tiny = jnp.float8_e4m3fn
+
+    def fn(p, x):
+        return jax.lax.dot_general(
+            x.astype(tiny), p["w"].astype(tiny), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    params, x = {"w": jnp.full((64, 8), 0.01)}, jnp.full((2, 64), 8.0)
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, x), jlora.LoRA(rank=1, alpha=1, targets="w"))
+    lora = {"w": dataclasses.replace(lora["w"], a=jnp.ones((64, 1)), b=jnp.full((1, 8), 1 / 64))}
+    np.testing.assert_allclose(jlora.wrap(fn)(params, lora, x) - fn(params, x), 8.0)
+
+
 # --- shardings -------------------------------------------------------------------------------------------------------
 
 

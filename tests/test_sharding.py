@@ -96,6 +96,17 @@ def mapped(p, x, at):
     return jax.shard_map(local, in_specs=specs, out_specs=P("data"))(p["up"], p["down"], x)
 
 
+@case(
+    "expert_per_device", {"w": (8, D, M)}, {"w": P(("data", "model"))}, x=(B, D), x_spec=P(None), kinds=[AxisType.Auto]
+)
+def one_each(p, x, at):
+    def local(w, x):
+        return jnp.tanh(x @ w[0])[None]
+
+    axes = ("data", "model")
+    return jax.shard_map(local, in_specs=(P(axes), P()), out_specs=P(axes))(p["w"], x)
+
+
 def made(name):
     """A case on its mesh and on one device: function, parameters and input of each."""
     fn, shapes, specs, x_shape, x_spec, kind = CASES[name]
@@ -154,6 +165,8 @@ def test_a_mesh_changes_no_number(name, standard_promotion):
 
     def alone(lora):  # the dense reference: the same model with merged weights, on one device
         raw, specs = CASES[name][0], CASES[name][2]
+        if name.startswith("expert_per"):
+            raw = lambda p, x, at: jnp.tanh(jnp.einsum("bd,edm->ebm", x, p["w"]))  # noqa: E731
         if name.startswith("shard_map"):
             raw = lambda p, x, at: jnp.tanh(x @ p["up"]) @ p["down"]  # noqa: E731
         y = raw(

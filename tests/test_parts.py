@@ -240,6 +240,7 @@ def test_a_kind_of_ones_own():
         jlora.Adapter().delta(None)
 
 
+@pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")
 def test_a_complex_weight_made_real_is_no_weight():
     """The real part of A·B is not the product of the real parts."""
     params, x = {"w": jax.ShapeDtypeStruct((3, 4), jnp.complex64)}, jnp.ones((2, 3))

@@ -10,13 +10,8 @@ base, gradient to the first activation: what any adapter of the first layer has 
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -87,14 +82,17 @@ def run(shape: llama_shapes.Shape, names: list[str], target: str, length: int) -
     return results
 
 
-def report(results: dict[str, Any]) -> str:
-    """The table: count and MiB of each program, and what the adapter adds."""
-    rows = []
-    for name, found in results.items():
+HEADER = ["collectives of a step (MiB)", "base", "jlora", "full", "added, MiB", "adapter on a chip, MiB"]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """A line for each layout: count and MiB of each program, what the adapter adds, and how large it is."""
+    lines = []
+    for name, found in results["layouts"].items():
         cells = [f"{found[way]['count']} ({found[way]['bytes'] / 2**20:.1f})" for way in WAYS]
         more = found["jlora"]["bytes"] - found["base"]["bytes"]
-        rows.append([name, *cells, f"{more / 2**20:+.2f}", f"{found['adapter bytes'] / 2**20:.2f}"])
-    return measure.table(["", "base (MiB)", "jlora (MiB)", "full (MiB)", "added MiB", "adapter MiB a chip"], rows)
+        lines.append([name, *cells, f"{more / 2**20:+.2f}", f"{found['adapter bytes'] / 2**20:.2f}"])
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", default="v5e", help="a kind of TPU (v5e, v5p, v6e) or cpu")
     parser.add_argument("--out", type=Path, help="write everything that was counted, as JSON")
     args = parser.parse_args(argv)
-    shape = llama_shapes.SHAPES["tiny" if args.quick else "8B"]._replace(layers=2)
+    llama_shapes.simulate(8)
+    shape = llama_shapes.SHAPES["tiny" if args.quick else "1B"]._replace(layers=2)
     names = ["tensor parallel", "FSDP"] if args.quick else list(llama_shapes.LAYOUTS)
     length = 32 if args.quick else LENGTH
     results = {
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"Llama of {shape}, {BATCH} x {length} tokens, bf16, rank {RANK}, mesh (2, 4), compiled for {args.target}.")
     print("Collectives of one gradient step (MiB each chip sends or holds of their results):\n")
-    print(report(results["layouts"]))
+    print(measure.table(HEADER, rows(results)))
 
 
 if __name__ == "__main__":

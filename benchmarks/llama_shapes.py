@@ -4,6 +4,7 @@ Weights are split as the layouts in ``LAYOUTS`` say, over a mesh with axes ``dat
 names no mesh axis but for the stream between blocks, which it keeps split as the layout's ``stream``.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +135,13 @@ def model(shape: Shape, layout: Layout, mesh: Mesh, *, unroll: bool = False) -> 
         return norm(x, params["norm"]) @ params["head"]
 
     return fn
+
+
+def simulate(count: int) -> None:
+    """Makes the CPU ``count`` devices; before anything asks for devices."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the TPU's compiler looks for a TPU to ask: there is none
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def devices(target: str, count: int) -> list[Any]:

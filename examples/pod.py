@@ -384,7 +384,7 @@ def run(args) -> None:
     job = Job(args, mesh, model, place(params, mesh), tokenizer, Watchdog(args.timeout))
     shape = "x".join(str(n) for n in mesh.shape.values())
     job.say(
-        f"{jax.process_count()} processes, {jax.device_count()} {jax.devices()[0].platform} devices, mesh {shape} (data x model)."
+        f"Processes: {jax.process_count()}; devices: {jax.device_count()} ({jax.devices()[0].platform}); mesh {shape} (data x model)."
     )
     tokens = tokenizer.encode(assets.hamlet()).ids
     rows = np.asarray(

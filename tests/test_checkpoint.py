@@ -220,8 +220,7 @@ def test_description_that_was_rewritten_with_its_digest(folder):
     file = folder / "adapter.json"
     description = json.loads(file.read_text())
     del description["digest"]
-    up = description["adapters"]["up"]["arrays"]
-    up["a"]["shape"][-1] = up["b"]["shape"][0] = 1  # of rank 2: it would fit its leaf
+    del description["adapters"]["bias"]
     description["digest"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(description))
     with pytest.raises(ValueError, match="do not fit their description"):

@@ -1,10 +1,14 @@
 """The code blocks of README and docs run as they stand."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
+
+from benchmarks import measure
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,3 +35,11 @@ def test_readme_is_short_and_its_links_exist():
     assert links
     assert not [link for link in links if not link.exists()]
     assert {"README.md", "docs/guide.md"} <= {page for page, blocks in BLOCKS.items() if blocks}
+
+
+@pytest.mark.parametrize("name", ["collectives", "pod_memory"])
+def test_tables_of_the_pod_page_show_the_committed_results(name):
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    (file,) = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))
+    table = measure.markdown(benchmark.HEADER, benchmark.rows(json.loads(file.read_text())))
+    assert table in (ROOT / "docs" / "pod.md").read_text()

@@ -94,7 +94,7 @@ def assert_goes_on(out, whole):
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     text = complete(out)
-    assert "2 processes, 8 cpu devices, mesh 2x4" in text
+    assert "Processes: 2; devices: 8 (cpu); mesh 2x4" in text
     before, after = (float(x) for x in text.split("Held-out perplexity")[1].splitlines()[0].split(" -> "))
     assert after < 0.8 * before
     return out

@@ -1,0 +1,146 @@
+"""What a training step of 8B and 70B parameters needs on each chip, as the compiler tells it: LoRA against full fine-tuning.
+
+    python -m benchmarks.pod_memory [--quick] [--target v5p] [--out memory.json]
+
+Llama shapes, bf16 base, Adam; the step is traced, split and compiled for 8 or 256 chips, and never run: no weight is made. By default the
+compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``--target cpu`` takes as many simulated CPU devices, whose
+compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy of the weights and moments in
+fp32, LoRA factors and moments in fp32.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from benchmarks import llama_shapes, measure
+
+RANK, LENGTH = 16, 2048
+LAYOUT = llama_shapes.Layout(inner="model", outer="data", batch="data")
+# Shape, chips, mesh (data, model), sequences a step.
+RUNS = {"8B, 8 chips": ("8B", (2, 4), 8), "70B, 256 chips": ("70B", (32, 8), 64)}
+QUICK = {"tiny, 8 chips": ("tiny", (2, 4), 8)}
+PARTS = ("base", "trained", "optimiser", "temporaries")
+
+
+def per_chip(tree: Any) -> int:
+    """Bytes of a tree on one chip."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def compiled(shape: llama_shapes.Shape, mesh: Mesh, batch: int, length: int, way: str) -> dict[str, Any]:
+    """Bytes on one chip of each part of one training step, and what is trained."""
+    fn = llama_shapes.model(shape, LAYOUT, mesh)
+    base = llama_shapes.parameters(shape, LAYOUT, mesh, jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32, sharding=NamedSharding(mesh, P(LAYOUT.batch)))
+    optimizer = optax.adam(1e-4)
+
+    def logits(params: Any, tokens: jax.Array) -> jax.Array:
+        return fn(params, params["embed"][tokens])
+
+    def loss(y: jax.Array, tokens: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(y.astype(jnp.float32), tokens[:, 1:]).mean()
+
+    if way == "LoRA":
+        sites = jlora.sites(logits, base, tokens)
+        trained = jax.eval_shape(lambda: jlora.init(jax.random.key(0), base, sites, jlora.LoRA(rank=RANK)))
+        trained = placed(trained, jlora.shardings(trained, base))
+        state = jax.eval_shape(optimizer.init, trained)
+        state = placed(state, jlora.shardings(state, base))
+        apply = jlora.wrap(logits)
+
+        def objective(trained: Any, base: Any, tokens: jax.Array) -> jax.Array:
+            return loss(apply(base, trained, tokens[:, :-1]), tokens)
+    else:
+        where = jax.tree.map(lambda x: x.sharding, base)
+        trained = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), base)
+        whole = NamedSharding(mesh, P())
+        state = jax.eval_shape(optimizer.init, trained)
+        state = placed(state, (optax.ScaleByAdamState(whole, where, where), optax.EmptyState()))
+        base = None
+
+        def objective(trained: Any, base: Any, tokens: jax.Array) -> jax.Array:
+            return loss(logits(jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained), tokens[:, :-1]), tokens)
+
+    def step(trained: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(objective)(trained, base, tokens)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    out = jax.tree.map(lambda x: x.sharding, (trained, state))
+    start = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*out, NamedSharding(mesh, P())))
+    lowered = jitted.lower(trained, state, base, tokens)
+    middle = time.perf_counter()
+    program = lowered.compile()
+    found = dict(zip(PARTS, (per_chip(base), per_chip(trained), per_chip(state)), strict=False))
+    return found | {
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "trained parameters": sum(x.size for x in jax.tree.leaves(trained)),
+        "collectives": len(measure.collectives(program.as_text())),
+        "seconds to trace and lower": middle - start,
+        "seconds to compile": time.perf_counter() - middle,
+    }
+
+
+HEADER = ["GiB on each chip", "parameters trained", *PARTS, "sum"]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """A line for each model and way: what is trained, and the parts of memory."""
+    lines = []
+    for name, ways in results["results"].items():
+        for way, found in ways.items():
+            total = sum(found[part] for part in PARTS)
+            cells = [f"{found[part] / 2**30:.2f}" for part in PARTS]
+            trained = f"{found['trained parameters'] / 1e6:,.1f}M"
+            lines.append([f"{name}: {way}", trained, *cells, f"{total / 2**30:.2f}"])
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Memory of a training step on each chip of a pod, compiled and not run."
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model on 8 chips")
+    parser.add_argument("--target", default="v5p", help="a kind of TPU (v5e, v5p, v6e) or cpu")
+    parser.add_argument("--only", help="runs whose name contains this")
+    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
+    args = parser.parse_args(argv)
+    llama_shapes.simulate(256)
+    length = 64 if args.quick else LENGTH
+    results: dict[str, Any] = {}
+    for name, (shape, mesh_shape, batch) in (QUICK if args.quick else RUNS).items():
+        if args.only and args.only not in name:
+            continue
+        chips = llama_shapes.devices(args.target, math.prod(mesh_shape))
+        mesh = Mesh(np.array(chips).reshape(mesh_shape), ("data", "model"))
+        results[name] = {
+            way: compiled(llama_shapes.SHAPES[shape], mesh, batch, length, way) for way in ("LoRA", "full fine-tuning")
+        }
+    shown = {name: [*run] for name, run in RUNS.items()}
+    about = {"target": args.target, "rank": RANK, "length": length, "runs": shown, "results": results}
+    if args.out:
+        args.out.write_text(json.dumps({**measure.environment(), **about}, indent=1) + "\n")
+    print(
+        f"Compiled for {args.target}, rank {RANK}, {length} tokens a sequence, mesh (data, model), blocks rematerialised.\n"
+    )
+    print(measure.table(HEADER, rows(about)))
+
+
+if __name__ == "__main__":
+    main()

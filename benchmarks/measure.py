@@ -3,6 +3,7 @@
 Nothing here knows about adapters. Every time comes back as its raw samples, so that a reader can judge the noise.
 """
 
+import collections
 import datetime
 import importlib.metadata
 import math
@@ -122,20 +123,28 @@ def relative_difference(tree: Any, other: Any) -> float:
 
 def environment() -> dict[str, Any]:
     """Date, machine and versions: what a number means nothing without."""
-    packages = ("jax", "jaxlib", "flax", "numpy")
+    packages = [name for name in ("jax", "jaxlib", "flax", "numpy", "optax", "libtpu") if _is_installed(name)]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "system": f"{platform.system()} {platform.machine()}",
-            "devices": [device.device_kind for device in jax.devices()],
+            "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
             "load at start": os.getloadavg() if hasattr(os, "getloadavg") else None,
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _cpu() -> str:

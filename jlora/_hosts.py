@@ -29,6 +29,11 @@ def is_local(x: Any) -> bool:
     return count() > 1 and getattr(x, "is_fully_addressable", True)
 
 
+def spans(x: Any) -> bool:
+    """Whether ``x`` is split over several processes, or held by all of them as one array."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable
+
+
 def pieces(x: Any) -> list[np.ndarray]:
     """The parts of ``x`` that this process holds."""
     return [np.asarray(s.data) for s in x.addressable_shards] if isinstance(x, jax.Array) else [np.asarray(x)]

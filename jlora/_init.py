@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _jax, _paths
+from jlora import _hosts, _jax, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._rules import Full, LoRA, Rule, assign
 from jlora._sharding import shardings
@@ -34,7 +34,7 @@ def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]
 
     Raises:
         TypeError: arguments in another order.
-        ValueError: ``sites`` belongs to other parameters; see also ``LoRA`` and ``Full``.
+        ValueError: ``sites`` belongs to other parameters; processes of one job ask for different adapters; see also ``LoRA`` and ``Full``.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -58,8 +58,20 @@ def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]
             f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
         )
     base = dict(zip(paths, leaves, strict=True))
-    chosen = assign(rules, sites)
+    chosen: dict[str, tuple[Rule, Site]] = {}
+    if not any(map(_hosts.spans, leaves)):
+        chosen = assign(rules, sites)
+    else:
+        # Before anything is made: processes that make different arrays would wait for each other for ever, or train nonsense.
+        _hosts.together(lambda: chosen.update(assign(rules, sites)))
+        made = [f"{path} {site.shape} {_spelled(rule)}" for path, (rule, site) in sorted(chosen.items())]
+        _hosts.agree("the adapter to make", [*made, *_hosts.pieces(jax.random.key_data(key))[:1]])
     return {path: _make(key, base[path], rule, site, sites) for path, (rule, site) in chosen.items()}
+
+
+def _spelled(rule: Rule) -> str:
+    """What of a rule makes an adapter; functions among it are not compared."""
+    return f"{rule.rank} {rule.scale} {rule.dropout} {rule.dtype}" if isinstance(rule, LoRA) else f"full {rule.dtype}"
 
 
 def as_key(key: Any, otherwise: str) -> jax.Array:

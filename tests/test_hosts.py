@@ -130,6 +130,9 @@ def test_every_process_learns_of_an_error_at_once(tmp_path):
         mesh, params, x = base((2, 4))
         lora = adapter(params, x)
         jlora.save("adapter", lora)
+        print("other rank:", fails(lambda: adapter(params, x, rank=4 + me)))
+        print("one rule:", fails(lambda: adapter(params, x, rank=4 + 100 * me)))
+        print("other key:", fails(lambda: adapter(params, x, key=me)))
         print("exists:", fails(lambda: jlora.save("adapter", lora), FileExistsError))
         print("rank:", fails(lambda: jlora.save("other", lora, note=me)))
         alone = {n: jnp.asarray(np.ones(w.shape, "f")) for n, w in params.items()}
@@ -154,8 +157,12 @@ def test_every_process_learns_of_an_error_at_once(tmp_path):
         lines = dict(
             line.split(":", 1)
             for line in text.splitlines()
-            if line.split(":")[0] in ("exists", "rank", "values", "finite", "missing")
+            if line.split(":")[0]
+            in ("exists", "other rank", "one rule", "other key", "rank", "values", "finite", "missing")
         )
+        assert "The processes disagree on the adapter to make" in lines["other rank"]
+        assert "The processes disagree on the adapter to make" in lines["other key"]
+        assert "Rank 104 is above 16" in lines["one rule"]
         assert "already an adapter" in lines["exists"]
         assert "The processes disagree on the adapter" in lines["rank"]
         assert "The processes disagree on the adapter" in lines["values"]

@@ -80,7 +80,6 @@ def specs(layout: Layout) -> dict[str, Any]:
 def parameters(shape: Shape, layout: Layout, mesh: Mesh, dtype: Any) -> dict[str, Any]:
     """Shapes of the parameters, each with its sharding."""
     n, d, f, h, kv, k, v = shape
-    f, h, kv, k, v, d = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.vocab, shape.width
     sizes = {
         "embed": (v, d),
         "layers": {

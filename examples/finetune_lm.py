@@ -29,6 +29,7 @@ import llama
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from command import Stop, positive
 from fetch import FetchError
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -42,14 +43,6 @@ SAVE_EVERY = 10  # steps
 EVAL_BATCH = 8
 NEW_TOKENS = 64
 console = Console(highlight=False, soft_wrap=True)
-
-
-class Stop(Exception):
-    """Ends the program with a message for its user and an exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,19 +70,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, default)
     return args
-
-
-def positive(kind: type):
-    """Returns a reader of positive numbers for argparse, which shows its name in errors."""
-
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    read.__name__ = f"positive {kind.__name__}"
-    return read
 
 
 # The text

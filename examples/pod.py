@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from processes import Stop, Watchdog, join, launch
+from command import Stop, positive
+from processes import Watchdog, join, launch
 
 EVAL_ROWS = 32
 
@@ -89,19 +90,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive(kind: type):
-    """Returns a reader of positive numbers for argparse, which shows its name in errors."""
-
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    read.__name__ = f"positive {kind.__name__}"
-    return read
-
-
 # JAX is imported inside functions: a process joins the job first.
 
 
@@ -113,7 +101,6 @@ class Job:
     mesh: Any
     model: Any
     params: Any
-    tokenizer: Any
     watchdog: Watchdog
 
     @property
@@ -311,8 +298,7 @@ def train(job: Job, windows, held_out) -> tuple[Any, dict]:
         job.watchdog.hear("")
         local = next(stream)
         step = train_step(job, optimizer, where).lower(job.params, state, gather(local)).compile()
-        stopped = run_steps(job, manager, step, state, about, stream, gather, local, done)
-    return stopped
+        return run_steps(job, manager, step, state, about, stream, gather, local, done)
 
 
 def run_steps(job: Job, manager, step, state, about, stream, gather, local, done):
@@ -381,7 +367,7 @@ def run(args) -> None:
     mesh = make_mesh(args.mesh)
     load = assets.load_glassllm if args.model == "glassllm" else assets.load_smollm2
     model, params, tokenizer = load()
-    job = Job(args, mesh, model, place(params, mesh), tokenizer, Watchdog(args.timeout))
+    job = Job(args, mesh, model, place(params, mesh), Watchdog(args.timeout))
     shape = "x".join(str(n) for n in mesh.shape.values())
     job.say(
         f"Processes: {jax.process_count()}; devices: {jax.device_count()} ({jax.devices()[0].platform}); mesh {shape} (data x model)."

@@ -12,14 +12,6 @@ import threading
 import time
 
 
-class Stop(Exception):
-    """Ends the program with a message for its user and an exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
 def launch(args, argv: list[str]) -> int:
     """Starts ``--local`` processes of this script; returns the first exit code that is not 0."""
     with socket.socket() as s:

@@ -149,21 +149,16 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     """
     path = _folder(path)
     description = _checked(lora, meta)
-    _hosts.together(lambda: _check_free(path, overwrite) if _hosts.is_first() else None)
+    _hosts.first(lambda: _check_free(path, overwrite))
     name = _hosts.first(lambda: f"arrays-{uuid.uuid4().hex[:12]}")
     arrays = path / name
     with contextlib.ExitStack() as undo:
-        undo.callback(_on_first, _discard, path, name)
-        _hosts.together(lambda: _on_first(path.mkdir, parents=True, exist_ok=True))
+        undo.callback(lambda: _discard(path, name) if _hosts.is_first() else None)
+        _hosts.first(lambda: path.mkdir(parents=True, exist_ok=True))
         _write_arrays(arrays, lora)
-        _hosts.together(lambda: _on_first(_write_description, path, name, description))
+        _hosts.first(lambda: _write_description(path, name, description))
         undo.pop_all()
-    _hosts.together(lambda: _on_first(_sweep, path, name))
-
-
-def _on_first(fn: Any, *args: Any, **kwargs: Any) -> None:
-    if _hosts.is_first():
-        fn(*args, **kwargs)
+    _hosts.first(lambda: _sweep(path, name))
 
 
 def _checked(lora: Mapping[str, Adapter], meta: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ EVAL_ROWS = 32
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description="Adapts a language model to Hamlet on any number of devices and hosts."
+        allow_abbrev=False,  # the other arguments are handed to the processes as they are
+        description="Adapts a language model to Hamlet on any number of devices and hosts.",
     )
     option = parser.add_argument
     option(
@@ -87,6 +88,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     explicit = [x is not None for x in (args.coordinator, args.processes, args.process)]
     if any(explicit) and not all(explicit):
         parser.error("--coordinator, --processes and --process go together")
+    if args.local and args.process is not None:
+        parser.error("--local starts the processes, and gives each its --process: say one of them")
+    if args.process is not None and not 0 <= args.process < args.processes:
+        parser.error(f"--process is from 0 to {args.processes - 1}, got {args.process}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be made: {error.strerror}")
     return args
 
 
@@ -169,6 +178,12 @@ def batches(job: Job, windows):
         raise Stop(f"--batch {args.batch} does not divide among the {job.mesh.shape['data']} devices along data.", 2)
     mine = [rows[0].indices(args.batch)[:2] for rows in sharding.addressable_devices_indices_map(shape).values()]
     first, last = min(start for start, _ in mine), max(stop for _, stop in mine)
+    if first % (last - first) or args.batch % (last - first):
+        raise Stop(
+            f"The mesh {'x'.join(map(str, job.mesh.devices.shape))} cuts the batch where no process begins: rows {first} to {last} "
+            "are here.\n  Choose one whose rows are whole processes, or several to each.",
+            2,
+        )
     stream = grain.MapDataset.source(windows).seed(args.seed).shuffle().repeat().batch(last - first)
     stream = stream[first // (last - first) :: args.batch // (last - first)].to_iter_dataset()
     return iter(stream), lambda local: jax.make_array_from_process_local_data(sharding, local, shape)
@@ -232,9 +247,11 @@ def fresh(job: Job, windows):
     import jlora
 
     sites = jlora.sites(job.model.apply, job.params, windows[:2, :-1])
-    lora = jlora.init(
-        jax.random.key(job.args.seed), job.params, sites, jlora.LoRA(rank=job.args.rank, alpha=2 * job.args.rank)
-    )
+    rule = jlora.LoRA(rank=job.args.rank, alpha=2 * job.args.rank)
+    try:
+        lora = jlora.init(jax.random.key(job.args.seed), job.params, sites, rule)
+    except ValueError as error:  # a rank that is too high
+        raise Stop(str(error), 2) from None
     optimizer = optax.adam(optax.cosine_decay_schedule(job.args.lr, job.args.steps))
     where = {"lora": jlora.shardings(lora, job.params)}
     where["opt"] = jlora.shardings(jax.eval_shape(optimizer.init, lora), job.params)
@@ -376,6 +393,8 @@ def run(args) -> None:
     rows = np.asarray(
         [tokens[i : i + args.length + 1] for i in range(0, len(tokens) - args.length, args.length)], np.int32
     )
+    if len(rows) < 20:
+        raise Stop(f"--length {args.length} is too long: the text has {len(tokens)} tokens, 20 windows are needed.", 2)
     windows, held_out = np.split(rows, [len(rows) - len(rows) // 10])
     state, about = train(job, windows, held_out)
     after = perplexity(job, jlora.merge(job.params, state["lora"]), held_out)

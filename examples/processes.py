@@ -47,7 +47,8 @@ def launch(args, argv: list[str]) -> int:
     if failed:
         words = ", ".join(f"process {i} ended with {children[i].returncode}" for i in failed)
         print(
-            f"{words}; see {args.out}/process-*.log. The same command goes on from the last checkpoint.",
+            f"{words}; see {args.out}/process-*.log."
+            + ("" if 2 in codes else " The same command goes on from the last checkpoint."),
             file=sys.stderr,
         )
     return next((1 if code < 0 else code for code in codes if code), 0)

@@ -16,9 +16,9 @@ from jax import lax
 from jlora._factored import RANK, Branch, Factored
 
 
-def static() -> Any:
+def static(**default: Any) -> Any:
     """A field that is part of the tree's structure and not a leaf of it."""
-    return field(metadata={"static": True})
+    return field(metadata={"static": True}, **default)
 
 
 class Fingerprint:
@@ -103,6 +103,9 @@ class LowRank(Adapter):
         scale: $s$: ``alpha / rank``, or ``alpha / sqrt(rank)`` with rank-stabilised scaling.
         dropout: Rate of dropout on the adapter branch.
         base: Fingerprint of the tree the adapter was made for.
+        use: How the model uses the leaf, as ``Site.kind``: formats of other libraries file tables and convolutions apart.
+        window: Of a convolution, the inputs that its window runs along.
+        groups: Of a grouped convolution, the number of its groups.
 
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1.
@@ -119,6 +122,9 @@ class LowRank(Adapter):
     scale: float = static()
     dropout: float = static()
     base: Fingerprint = static()
+    use: str = static(default="")
+    window: tuple[int, ...] = static(default=())
+    groups: int = static(default=1)
 
     @property
     def rank(self) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 
 from jlora import _hosts, _paths
 from jlora._adapters import KINDS, Adapter, Fingerprint, LowRank, fingerprint
-from jlora._sharding import shardings
+from jlora._sharding import followed
 from jlora._wrap import check_base, check_lora
 
 FORMAT = 1
@@ -102,19 +102,13 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
             "  Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them."
         )
     check_base(lora, paths, leaves)
-    placed = {path for path, leaf in zip(paths, leaves, strict=True) if path in lora and _is_placed(leaf)}
-    where = shardings({path: lora[path] for path in placed}, params) if placed else {}
+    where = followed(lora, params)
     return {
         path: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), adapter, where[path])
-        if path in placed
+        if path in where
         else adapter
         for path, adapter in lora.items()
     }
-
-
-def _is_placed(leaf: Any) -> bool:
-    """Whether someone said where ``leaf`` lives. What lives on the default device for want of a choice may follow others."""
-    return getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True)
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -147,7 +141,7 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
         >>> bool((again["up"].a == lora["up"].a).all()), jlora.metadata(folder)["meta"]
         (True, {'task': 'demo'})
     """
-    path = _folder(path)
+    path = _same_folder(path)
     description = _checked(lora, meta)
     _hosts.first(lambda: _check_free(path, overwrite))
     name = _hosts.first(lambda: f"arrays-{uuid.uuid4().hex[:12]}")
@@ -172,9 +166,18 @@ def _checked(lora: Mapping[str, Adapter], meta: dict[str, Any]) -> dict[str, Any
                 _check_array(f"'{leaf_path}'.{name}", x)
 
     _hosts.together(check)
-    local = [x for _, a in sorted(lora.items()) for x in a.arrays().values() if _hosts.is_local(x)]
-    _hosts.agree("the adapter", [json.dumps(found, sort_keys=True), *(np.asarray(x) for x in local)])
+    arrays = [x for _, a in sorted(lora.items()) for x in a.arrays().values()]
+    whole = [x for x in arrays if _hosts.is_local(x) or (_hosts.spans(x) and x.is_fully_replicated)]
+    _hosts.agree("the adapter", [json.dumps(found, sort_keys=True), *(_hosts.pieces(x)[0] for x in whole)])
     return found
+
+
+def _same_folder(path: Any) -> Path:
+    """``path`` as a folder, the same on every process."""
+    found: list[Path] = []
+    _hosts.together(lambda: found.append(_folder(path)))
+    _hosts.agree("the folder", [str(found[0])])
+    return found[0]
 
 
 def _check_array(name: str, x: Any) -> None:
@@ -207,11 +210,18 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     """
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
-    path = _folder(path)
-    description = metadata(path)
-    target = restore_target(description, params)
-    arrays = path / str(description.get("arrays", ""))
-    _verify(arrays, description)
+    folder = _same_folder(path)
+    target: dict[str, Adapter] = {}
+    found: dict[str, Any] = {}
+
+    def check() -> None:
+        found.update(metadata(folder))
+        target.update(restore_target(found, params))
+        _verify(folder / str(found.get("arrays", "")), found)
+
+    _hosts.together(check)
+    _hosts.agree("the adapter to load", [json.dumps(found, sort_keys=True)])
+    arrays = folder / str(found["arrays"])
     local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = _as_tree(target)
     shapes = jax.tree.map(
@@ -219,13 +229,15 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     )
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            found = checkpointer.restore(arrays, shapes)
+            restored = checkpointer.restore(arrays, shapes)
         except ValueError as error:
             raise ValueError(f"The arrays in {arrays} do not fit their description.\n  {error}") from None
     # Where nobody said where the base lives, neither is it said here: else exchanging adapters would compile again.
-    found = jax.tree.map(lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), found, wanted)
+    restored = jax.tree.map(
+        lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), restored, wanted
+    )
     return {
-        leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [found[_key(i)][name] for name in adapter.labels])
+        leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [restored[_key(i)][name] for name in adapter.labels])
         for i, (leaf_path, adapter) in enumerate(sorted(target.items()))
     }
 
@@ -269,6 +281,7 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
             "dropout": adapter.dropout,
         }
         entry |= rule | {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
+        entry |= {"use": adapter.use, "window": adapter.window, "groups": adapter.groups}
     return entry
 
 
@@ -285,6 +298,9 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     if kind is LowRank:
         static |= {name: tuple(int(d) for d in entry[name]) for name in ("inputs", "outputs", "batch")}
         static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
+        # Adapters saved by 0.1 before these were kept do not have them.
+        static |= {"use": str(entry.get("use", "")), "groups": int(entry.get("groups", 1))}
+        static["window"] = tuple(int(d) for d in entry.get("window", ()))
         if not (math.isfinite(static["scale"]) and static["scale"] > 0):
             raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
         if not 0 <= static["dropout"] < 1:
@@ -300,6 +316,10 @@ def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ..
     axes = sorted(d for group in groups for d in group)
     if groups and axes != list(range(len(shapes[path]))):
         raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
+    if isinstance(adapter, LowRank) and not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 1):
+        raise ValueError(
+            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, groups {adapter.groups}."
+        )
     floats = all(np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" for x in adapter.arrays().values())
     ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}
     if adapter.shape != shapes[path] or not floats or len(ranks) != 1:
@@ -408,6 +428,8 @@ def _is_remains(path: Path) -> bool:
 
 def _discard(path: Path, arrays: str) -> None:
     """Removes what a failed save left; orbax writes beside the folder first, under a longer name."""
+    if not path.is_dir():
+        return
     for stray in path.glob(f"{arrays}*"):
         shutil.rmtree(stray, ignore_errors=True)
     for stray in path.glob(f".{_JSON}.*"):

@@ -59,6 +59,8 @@ class Record(NamedTuple):
     use: SiteUse
     inputs: Axes
     batch: Axes
+    window: Axes = NONE
+    groups: int = 1
 
 
 def leaf(path: str, leaf: Any) -> Value:
@@ -82,6 +84,7 @@ class Finder:
         self.merged: dict[str, dict[Axes, str]] = {}
         self.fed: set[Source] = set()
         self.within: list[Any] = []  # the equation at hand and those around it
+        self.checked = True  # whether the shard_map around it, if any, knows what differs between devices
 
     def run(self, program: _jax.Program, args: Sequence[Value]) -> list[Value]:
         jaxpr, consts = program
@@ -132,9 +135,12 @@ class Finder:
             self.dense(values[position], name)
             return [Value((), _reach(values))]
         for seen in values[position].views:
-            inputs, batch = (union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
+            inputs, batch, window = (
+                union(seen.axes[d] for d in group) for group in (use.summed, use.batch, use.window)
+            )
             # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
-            self.record(seen, name, use.kind, inputs, (batch | (seen.picked - union(seen.axes))) - inputs)
+            batch = (batch | (seen.picked - union(seen.axes))) - inputs
+            self.record(seen, name, use.kind, inputs, batch, window, use.groups)
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
         paths = tuple(sorted({seen.path for seen in values[position].views}))
         return [Value((), frozenset([Source(paths, lookup=False)]))]
@@ -176,7 +182,7 @@ class Finder:
     def see(self, eqn: Any, position: int, seen: Seen) -> tuple[Seen, Axes] | None:
         """What a view primitive makes of one leaf's view, and the axes along which it looks up rows, if that is all it does."""
         name, chosen = eqn.primitive.name, picked(eqn, seen.shape)
-        if chosen is None:
+        if chosen is None or (name == "all_gather" and not self.checked):
             return None
         if name in ("mul", "div"):
             gain = gain_axes(eqn, position, seen.shape)
@@ -207,12 +213,14 @@ class Finder:
                 group, f"{eqn.primitive.name} at {_jax.where(self.within)}"
             )
 
-    def record(self, seen: Seen, operation: str, kind: str, inputs: Axes, batch: Axes) -> None:
+    def record(
+        self, seen: Seen, operation: str, kind: str, inputs: Axes, batch: Axes, window: Axes = NONE, groups: int = 1
+    ) -> None:
         known = self.records.setdefault(seen.path, {})
         key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
             where = _jax.where(self.within) if self.within else "its output"
-            known[key] = Record(SiteUse(kind, operation, where), inputs, batch)
+            known[key] = Record(SiteUse(kind, operation, where), inputs, batch, window, groups)
 
     def dense(self, value: Value, operation: str) -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
@@ -237,15 +245,22 @@ def _barrier(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
 def _shard_map(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     """Inside, a value has the shape of one device's part of it."""
     body = _jax.subprogram(eqn)
-    shapes = [v.aval.shape for v in body.jaxpr.invars]
     inside = [
-        v._replace(views=tuple(seen._replace(shape=shape) for seen in v.views))
-        for v, shape in zip(values, shapes, strict=True)
+        v._replace(views=tuple(_part(seen, x.aval.shape) for seen in v.views))
+        for v, x in zip(values, body.jaxpr.invars, strict=True)
     ]
+    before, finder.checked = finder.checked, _jax.shard_map(eqn)["check_vma"]
     outs = finder.run(body, inside)
+    finder.checked = before
     for out in outs:
         finder.dense(out, "shard_map (returned from its body)")
     return [Value((), out.reach) for out in outs]
+
+
+def _part(seen: Seen, shape: tuple[int, ...]) -> Seen:
+    """One device's part of a view. Where it has but one slice along an axis (its layers, its expert), that was picked."""
+    one = union(axes for axes, n, whole in zip(seen.axes, shape, seen.shape, strict=True) if n == 1 < whole)
+    return seen._replace(shape=shape, picked=seen.picked | one)
 
 
 def _scan(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:

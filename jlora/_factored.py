@@ -87,7 +87,7 @@ class Factored:
 
         def reshape_part(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
             wanted = [d for old, _ in groups if set(old) & set(labels) for d in old]
-            return _reshape_part(*extend(part, labels, wanted, self.shape), groups, w.shape)
+            return _reshape_part(*extend(part, labels, wanted, self.shape), groups, w)
 
         return self.map_parts(w, reshape_part)
 
@@ -189,9 +189,11 @@ class Factored:
             return x
         keys = self.parts[2]
         key = jax.random.fold_in(keys[(0,) * keys.ndim], use)
+        for axis in sorted(_jax.varies(x), key=str):  # each shard of shard_map has activations of its own, and a mask
+            key = jax.random.fold_in(key, lax.axis_index(axis))
         rate = self.branch.dropout
         keep = _jax.placed_like(jax.random.bernoulli(key, 1.0 - rate, x.shape), x)
-        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
     def update(self, dtype: Any = None) -> jax.Array:
         """The update ``Σ_rank a·b`` as one dense array of the value's shape."""
@@ -243,8 +245,7 @@ def contract(
     x_free, y_free = _ordered(xl, yl, order), _ordered(yl, xl, order)
     labels = (*batch, *x_free, *y_free)
     if specs is not None:
-        explicit = _jax.is_explicit(x) or _jax.is_explicit(y)
-        sharding = jax.sharding.PartitionSpec(*(specs.get(d) for d in labels)) if explicit else None
+        sharding = _jax.explicit_sharding([specs.get(d) for d in labels], x, y)
         dims = ((_axes(xl, summed), _axes(yl, summed)), (_axes(xl, batch), _axes(yl, batch)))
         out = lax.dot_general(x, y, dims, precision=precision, preferred_element_type=dtype, out_sharding=sharding)
         # dot_general leaves free axes in the order the operands have them.
@@ -300,7 +301,7 @@ def _drop_units(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
 
 
 def _reshape_part(
-    part: jax.Array, labels: Labels, groups: Sequence[tuple[Labels, Labels]], shape: Sequence[int]
+    part: jax.Array, labels: Labels, groups: Sequence[tuple[Labels, Labels]], w: jax.Array
 ) -> tuple[jax.Array, Labels]:
     of = {d: group for group in groups for d in group[0]}
     order: list[int] = []
@@ -313,8 +314,10 @@ def _reshape_part(
             order.extend(of[d][0])
             new.extend(of[d][1])
     rank = dict(zip(labels, part.shape, strict=True)).get(RANK)
-    sizes = [rank if d == RANK else shape[d] for d in new]
-    return _transpose(part, [labels.index(d) for d in order]).reshape(sizes), tuple(new)
+    sizes = [rank if d == RANK else w.shape[d] for d in new]
+    spec = dict(enumerate(_jax.mesh_spec(w) or ()))
+    sharding = _jax.explicit_sharding([spec.get(d) for d in new], part)
+    return lax.reshape(_transpose(part, [labels.index(d) for d in order]), sizes, out_sharding=sharding), tuple(new)
 
 
 def _sum_alone(x: jax.Array, labels: Labels, other: Labels, keep: set[int]) -> tuple[jax.Array, Labels]:

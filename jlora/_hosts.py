@@ -3,6 +3,7 @@
 Every function is called by all processes, and raises on all of them or on none, so that nobody waits for one that has given up.
 """
 
+import builtins
 import json
 from collections.abc import Callable, Iterable
 from hashlib import sha256
@@ -31,7 +32,11 @@ def is_local(x: Any) -> bool:
 
 def spans(x: Any) -> bool:
     """Whether ``x`` is split over several processes, or held by all of them as one array."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.is_fully_addressable
+    if isinstance(x, jax.core.Tracer):
+        return False
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.sharding is not None and not x.sharding.is_fully_addressable
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def pieces(x: Any) -> list[np.ndarray]:
@@ -44,7 +49,7 @@ def together(check: Callable[[], None]) -> None:
     mine, error = "", None
     try:
         check()
-    except (ValueError, TypeError, OSError) as e:
+    except Exception as e:  # whatever it is, the others must not wait for this process
         mine, error = json.dumps([type(e).__name__, str(e)]), e
     if count() == 1:
         if error is not None:
@@ -56,7 +61,7 @@ def together(check: Callable[[], None]) -> None:
     for process, message in enumerate(said):
         if message:
             kind, text = json.loads(message)
-            raise _KINDS.get(kind, ValueError)(f"Process {process}: {text}")
+            raise _kind(kind)(f"Process {process}: {text}")
 
 
 def first(fn: Callable[[], Any]) -> Any:
@@ -87,9 +92,12 @@ def agree(what: str, parts: Iterable[Any]) -> None:
         )
 
 
-_KINDS: dict[str, type[Exception]] = {
-    e.__name__: e for e in (ValueError, TypeError, OSError, FileExistsError, FileNotFoundError, PermissionError)
-}
+def _kind(name: str) -> type[Exception]:
+    """The built-in exception of a name; what is not built in is a ``RuntimeError`` elsewhere."""
+    found = getattr(builtins, name, RuntimeError)
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return RuntimeError
+    return ValueError if issubclass(found, UnicodeError) else found  # those are not made of a message alone
 
 
 def _gather(message: str) -> list[str]:
@@ -99,7 +107,7 @@ def _gather(message: str) -> list[str]:
     data = message.encode()
     if len(data) > _SIZE:  # an error of that length is cut, in text and not in the middle of its JSON
         kind, text = json.loads(message)
-        data = json.dumps([kind, text[: _SIZE // 4]]).encode()
+        data = json.dumps([kind, text[: _SIZE // 16]]).encode()  # a letter may take twelve bytes
     buffer = np.zeros(_SIZE, np.uint8)
     buffer[: len(data)] = np.frombuffer(data, np.uint8)
     return [

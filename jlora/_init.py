@@ -1,7 +1,7 @@
 """Fresh adapters for chosen sites."""
 
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache
 from hashlib import sha256
 from math import prod, sqrt
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jlora import _hosts, _jax, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
@@ -50,28 +51,44 @@ def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]
         raise TypeError(
             f"init takes (key, params, sites, rules), sites from jlora.sites.\n  got: {type(sites).__name__} as sites"
         )
-    key = as_key(key, "init takes (key, params, sites, rules), key from jax.random.key.")
     paths, leaves, _ = _paths.flatten(params)
-    difference = sites.base.difference(fingerprint(paths, leaves))
-    if difference:
-        raise ValueError(
-            f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
-        )
     base = dict(zip(paths, leaves, strict=True))
     chosen: dict[str, tuple[Rule, Site]] = {}
-    if not any(map(_hosts.spans, leaves)):
-        chosen = assign(rules, sites)
-    else:
+    keys: list[jax.Array] = []
+
+    def check() -> None:
+        keys.append(as_key(key, "init takes (key, params, sites, rules), key from jax.random.key."))
+        difference = sites.base.difference(fingerprint(paths, leaves))
+        if difference:
+            raise ValueError(
+                f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
+            )
+        chosen.update(assign(rules, sites))
+
+    made: dict[str, Adapter] = {}
+
+    def make() -> None:
+        made.update((path, _make(keys[0], base[path], rule, site, sites)) for path, (rule, site) in chosen.items())
+
+    if any(map(_hosts.spans, leaves)):
         # Before anything is made: processes that make different arrays would wait for each other for ever, or train nonsense.
-        _hosts.together(lambda: chosen.update(assign(rules, sites)))
-        made = [f"{path} {site.shape} {_spelled(rule)}" for path, (rule, site) in sorted(chosen.items())]
-        _hosts.agree("the adapter to make", [*made, *_hosts.pieces(jax.random.key_data(key))[:1]])
-    return {path: _make(key, base[path], rule, site, sites) for path, (rule, site) in chosen.items()}
+        _hosts.together(check)
+        wanted = [f"{path} {_spelled(*chosen[path])}" for path in sorted(chosen)]
+        _hosts.agree("the adapter to make", [*wanted, *_hosts.pieces(jax.random.key_data(keys[0]))[:1]])
+        _hosts.together(make)
+    else:
+        check()
+        make()
+    return made
 
 
-def _spelled(rule: Rule) -> str:
-    """What of a rule makes an adapter; functions among it are not compared."""
-    return f"{rule.rank} {rule.scale} {rule.dropout} {rule.dtype}" if isinstance(rule, LoRA) else f"full {rule.dtype}"
+def _spelled(rule: Rule, site: Site) -> str:
+    """What makes an adapter; functions among it are not compared."""
+    axes = f"{site.shape} {site.inputs} {site.outputs} {site.batch} {site.kind}"
+    if not isinstance(rule, LoRA):
+        return f"{axes} full {rule.dtype}"
+    start = rule.init_a if isinstance(rule.init_a, str) else "function"
+    return f"{axes} {rule.rank} {rule.scale} {rule.dropout} {rule.dtype} {start}"
 
 
 def as_key(key: Any, otherwise: str) -> jax.Array:
@@ -103,18 +120,25 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
     shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
 
     def adapter(a: Any, b: Any) -> LowRank:
-        return LowRank(a, b, site.inputs, site.outputs, site.batch, rule.scale, rule.dropout, sites.base)
+        return of_site(a, b, site, rule.scale, rule.dropout, sites.base)
 
     where = _born(leaf, adapter(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())), site.path)
     fan_in = 1 if site.kind == "lookup" else prod(inputs)
     a = _fill_a(fold_path(key, site.path), rule, shapes["a"], dtype, fan_in, where["a"])
-    return adapter(a, _fill_b(shapes["b"], dtype, where["b"]))
+    return adapter(a, _random(key, "zeros", shapes["b"], dtype, fan_in, where["b"]))
+
+
+def of_site(a: Any, b: Any, site: Site, scale: float, dropout: float, base: Any) -> LowRank:
+    """The adapter of a site from its factors."""
+    axes = (site.inputs, site.outputs, site.batch)
+    return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups)
 
 
 def _born(leaf: Any, shell: LowRank, path: str) -> dict[str, Any]:
     """Where the factors go: as the leaf's sharding implies if it is split over a mesh, else where JAX puts them."""
-    sharding = getattr(leaf, "sharding", None) if not isinstance(leaf, jax.core.Tracer) else None
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    inside = isinstance(leaf, jax.core.Tracer)
+    sharding = jax.typeof(leaf).sharding if inside else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or (inside and not _jax.is_explicit(leaf)):
         return {"a": None, "b": None}
     return shardings({path: shell}, {path: sharding})[path].arrays()
 
@@ -125,21 +149,26 @@ def _fill_a(key: jax.Array, rule: LoRA, shape: tuple[int, ...], dtype: Any, fan_
     a = jnp.asarray(rule.init_a(key, shape, dtype))
     if a.shape != shape or not jnp.issubdtype(a.dtype, jnp.inexact):
         raise ValueError(f"init_a must return floats of shape {shape}.\n  got: {a.dtype} of shape {a.shape}")
-    a = a.astype(dtype)
-    return a if sharding is None else jax.device_put(a, sharding)
+    return a.astype(dtype) if sharding is None else _jax.place(a.astype(dtype), sharding)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _random(key: jax.Array, kind: str, shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Any) -> jax.Array:
-    bound = 1.0 / sqrt(fan_in)
-    if kind == "normal":
-        a = bound * jax.random.normal(key, shape, dtype)
-    else:
-        a = jax.random.uniform(key, shape, jnp.finfo(dtype).dtype, -bound, bound).astype(dtype)
-    return a if sharding is None else _jax.place(a, sharding)
+    return _maker(kind, shape, dtype, fan_in, sharding)(key)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _fill_b(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    b = jnp.zeros(shape, dtype)
-    return b if sharding is None else _jax.place(b, sharding)
+@lru_cache(maxsize=1024)
+def _maker(kind: str, shape: tuple[int, ...], dtype: Any, fan_in: int, sharding: Any) -> Any:
+    """What makes a factor out of a key, each device its own part of it."""
+    bound, where = 1.0 / sqrt(fan_in), _jax.explicit_part(sharding)
+
+    def make(key: jax.Array) -> jax.Array:
+        if kind == "zeros":
+            return lax.broadcast(jnp.zeros((), dtype), shape, out_sharding=where)
+        if kind == "normal":
+            return bound * jax.random.normal(key, shape, dtype, out_sharding=where)
+        real = jnp.finfo(dtype).dtype
+        return jax.random.uniform(key, shape, real, -bound, bound, out_sharding=where).astype(dtype)
+
+    # Inside jit a sharding is part of a type, and has no devices.
+    known = sharding is not None and isinstance(sharding.mesh, jax.sharding.Mesh)
+    return jax.jit(make, out_shardings=sharding) if known else jax.jit(make)

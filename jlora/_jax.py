@@ -16,6 +16,7 @@ from jax._src import core, source_info_util
 from jax._src.interpreters import ad, batching, partial_eval
 from jax._src.sharding_impls import UnspecifiedValue
 from jax.extend import core as jex
+from jax.sharding import NamedSharding, PartitionSpec
 
 Jaxpr = Any
 Eqn = Any
@@ -278,10 +279,26 @@ def place(x: Any, sharding: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
+def explicit_part(sharding: Any) -> Any:
+    """What of a sharding runs along mesh axes in explicit mode, for ``out_sharding=``; ``None`` if there are none."""
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or not mesh._any_axis_explicit:
+        return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = jax.sharding.AxisType.Explicit
+
+    def kept(axis: Any) -> Any:
+        names = axis if isinstance(axis, tuple) else (axis,)
+        found = tuple(name for name in names if kinds.get(name) == explicit)
+        return (found if isinstance(axis, tuple) else found[0]) if found else None
+
+    return NamedSharding(mesh, PartitionSpec(*map(kept, sharding.spec)))
+
+
 def reshard(eqn: Eqn, x: Any, axes: Sequence[int | None]) -> Any:
     """``x`` moved as ``eqn``, a ``reshard``, moves its operand; ``axes`` says which axis of that each axis of ``x`` follows."""
     to = eqn.params["dst_sharding"]
-    spec = jax.sharding.PartitionSpec(*(None if d is None else dict(enumerate(to.spec)).get(d) for d in axes))
+    spec = PartitionSpec(*(None if d is None else dict(enumerate(to.spec)).get(d) for d in axes))
     return eqn.primitive.bind(x, **eqn.params | {"dst_sharding": to.update(spec=spec)})
 
 
@@ -294,6 +311,24 @@ def is_explicit(x: Any) -> bool:
     """Whether ``x`` lives on a mesh that has axes in explicit mode: its sharding is part of its type."""
     mesh = jax.typeof(x).sharding.mesh
     return not mesh.empty and mesh._any_axis_explicit
+
+
+def explicit_sharding(spec: Sequence[Any], *arrays: Any) -> Any:
+    """The sharding that splits axes by ``spec``, for ``out_sharding=``, if one of ``arrays`` lives on a mesh in explicit mode."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays if is_explicit(x)]
+    return NamedSharding(meshes[0], PartitionSpec(*spec)) if meshes else None
+
+
+def conv_sharding(eqn: Eqn, like: Any) -> dict[str, Any]:
+    """``out_sharding=`` of a convolution that ``eqn`` stands for: as ``like``, or with its features whole where that is ``None``."""
+    to = eqn.params.get("out_sharding")
+    if to is None:
+        return {}
+    if like is not None:
+        return {"out_sharding": to}
+    features = eqn.params["dimension_numbers"].out_spec[1]
+    spec = [None if d == features else axis for d, axis in enumerate(to.spec)]
+    return {"out_sharding": NamedSharding(to.mesh, PartitionSpec(*spec))}
 
 
 def mesh_spec(x: Any) -> Any:

@@ -18,11 +18,13 @@ Eqn = Any
 
 
 class Use(NamedTuple):
-    """How one equation uses a weight: ``kind`` is ``"linear"``, ``"conv"`` or ``"lookup"``."""
+    """How one equation uses a weight: ``kind`` is ``"linear"``, ``"conv"`` or ``"lookup"``; of a convolution also its window and groups."""
 
     kind: str
     summed: Labels
     batch: Labels
+    window: Labels = ()
+    groups: int = 1
 
 
 class Dense(Exception):
@@ -179,7 +181,7 @@ def _conv_use(eqn: Eqn, position: int) -> Use | None:
     if position == 0 or eqn.params["batch_group_count"] != 1:
         return None
     _, summed, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    return Use("conv", (summed, *spatial), ())
+    return Use("conv", (summed, *spatial), (), tuple(spatial), eqn.params["feature_group_count"])
 
 
 def ragged_use(eqn: Eqn, position: int) -> Use | None:

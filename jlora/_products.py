@@ -119,25 +119,50 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
         )
     ]
     groups = p["feature_group_count"]
-    if groups > 1:
-        if ways[1]:
-            raise Dense
-        kernels[0] = jnp.concatenate([kernels[0]] * groups, axis=rhs_out)
+    if groups > 1 and ways[1]:
+        raise Dense
     window = {k: p[k] for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
     none = {"window_strides": (1,) * len(spatial), "padding": ((0, 0),) * len(spatial)}
-    steps = [none, window] if ways[1] else [window, none]
-    t = f.dropout(x, use).astype(compute)
-    for kernel, step, dtype in zip(kernels, steps, (compute, y.dtype), strict=True):
-        t = lax.conv_general_dilated(
-            t,
-            kernel.astype(compute),
-            dimension_numbers=p["dimension_numbers"],
-            feature_group_count=groups,
-            precision=p["precision"],
-            preferred_element_type=dtype,
-            **step,
-        )
-    return [y + t]
+
+    def conv(t: jax.Array, kernel: jax.Array, step: dict[str, Any], dtype: Any, like: Any) -> jax.Array:
+        how = {
+            "dimension_numbers": p["dimension_numbers"],
+            "precision": p["precision"],
+            "preferred_element_type": dtype,
+        }
+        return lax.conv_general_dilated(t, kernel.astype(compute), **how, **step, **_jax.conv_sharding(eqn, like))
+
+    x = f.dropout(x, use).astype(compute)
+    if groups == 1:
+        steps = [none, window] if ways[1] else [window, none]
+        t = conv(x, kernels[0], steps[0], compute, None)
+        return [y + conv(t, kernels[1], steps[1], y.dtype, y)]
+    numbers = p["dimension_numbers"]
+    t = conv(_groups_to_batch(x, groups, *numbers.lhs_spec[:2]), kernels[0], window, compute, None)
+    b = jnp.squeeze(kernels[1].astype(compute), spatial)
+    b = (b if rhs_in < rhs_out else b.T).reshape(t.shape[numbers.out_spec[1]], groups, -1)  # (rank, groups, outputs)
+    t = _batch_to_groups(t, groups, *numbers.out_spec[:2])  # (..., groups, rank)
+    t = jnp.einsum("...gr,rgo->...go", t, b, precision=p["precision"], preferred_element_type=y.dtype)
+    return [y + jnp.moveaxis(t.reshape(*t.shape[:-2], -1), -1, numbers.out_spec[1])]
+
+
+def _groups_to_batch(x: jax.Array, groups: int, batch: int, features: int) -> jax.Array:
+    """The groups of features as rows of the batch: all of them meet the same kernel.
+
+    As a convolution in groups, with the kernel repeated, it would be the same, but XLA's partitioner computes such ones and their
+    gradients wrongly on some meshes (jax 0.10.2 to 0.12.0, CPU), and repeated kernels are no faster anywhere.
+    """
+    split = x.reshape(*x.shape[:features], groups, -1, *x.shape[features + 1 :])
+    batch += batch > features
+    split = jnp.moveaxis(split, features, batch + (batch < features))
+    batch -= batch > features
+    return split.reshape(*split.shape[:batch], -1, *split.shape[batch + 2 :])
+
+
+def _batch_to_groups(t: jax.Array, groups: int, batch: int, features: int) -> jax.Array:
+    """The groups back out of the batch: the last axes are the groups and their features."""
+    split = t.reshape(*t.shape[:batch], -1, groups, *t.shape[batch + 1 :])
+    return jnp.moveaxis(split, (batch + 1, features + (features > batch)), (-2, -1))
 
 
 def _kernel(part: jax.Array, labels: Labels, rank: dict[int, int], ndim: int) -> jax.Array:

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import _paths
@@ -53,14 +54,20 @@ def shardings(lora: Any, base: Any, *, mesh: Mesh | None = None, rules: Any = No
     known = {}
     for keys, adapter in nodes:
         if is_adapter(adapter):
-            path = str(getattr(keys[-1], "key", "")) if keys else ""
-            known[keys] = _of(path, adapter, _named(path, _sharding(_leaf(path, found)), mesh, rules))
+            if not keys:
+                raise ValueError(
+                    "shardings takes the dict from path to adapter, and the base.\n  got: one adapter alone"
+                )
+            path = str(getattr(keys[-1], "key", ""))
+            known[keys] = _of(path, adapter, _named(path, _where(path, _leaf(path, found), found), mesh, rules))
+    if not nodes:
+        return lora  # the state of an optimiser that has none
     if not known:
         raise ValueError(
             "There is no adapter in this tree: no sharding follows from the base.\n"
             "  Pass what jlora.init returned, or a tree that holds it."
         )
-    rest = _whole(jax.tree.leaves(list(known.values()), is_leaf=_is_sharding)[0])
+    rest = _whole(next(iter(jax.tree.leaves(list(known.values()), is_leaf=_is_sharding)), PartitionSpec()))
     return jax.tree.unflatten(tree, [known.get(keys, rest) for keys, _ in nodes])
 
 
@@ -104,6 +111,15 @@ def _sharding(leaf: Any) -> Any:
     return leaf.get_partition_spec() if hasattr(leaf, "get_partition_spec") else leaf
 
 
+def _where(path: str, leaf: Any, found: Mapping[str, Any]) -> Any:
+    """``_sharding`` of a leaf; one that nobody placed, among others on a mesh, is whole on every device of it."""
+    sharding = _sharding(leaf)
+    if isinstance(sharding, NamedSharding | PartitionSpec) or getattr(leaf, "committed", True):
+        return sharding
+    placed = (_sharding(x) for x in found.values())
+    return next((_whole(s) for s in placed if isinstance(s, NamedSharding)), sharding)
+
+
 def _named(path: str, sharding: Any, mesh: Mesh | None, rules: Any) -> Any:
     """``sharding`` with logical names replaced, and on ``mesh`` if one is given."""
     if not isinstance(sharding, PartitionSpec):
@@ -111,9 +127,15 @@ def _named(path: str, sharding: Any, mesh: Mesh | None, rules: Any) -> Any:
     if rules is not None:
         from flax import linen as nn  # here, so that `import jlora` stays quick
 
-        sharding = nn.logical_to_mesh_axes(tuple(sharding), rules)
+        known = {name for name, _ in rules}
+        logical = nn.logical_to_mesh_axes(tuple(sharding), rules)
+        # What rules do not have is whole, as Flax has it; but the axes of a mesh are what they are.
+        axes = set() if mesh is None else set(mesh.axis_names)
+        mine = [bool(names_of(axis)) and set(names_of(axis)) <= axes - known for axis in sharding]
+        sharding = PartitionSpec(*(a if m else b for a, b, m in zip(sharding, logical, mine, strict=True)))
     if mesh is None:
         return sharding
+    sharding = PartitionSpec(*(None if axis is PartitionSpec.UNCONSTRAINED else axis for axis in sharding))
     unknown = [name for axis in sharding for name in names_of(axis) if name not in mesh.axis_names]
     if unknown:
         hint = "" if rules is not None else " Logical names need rules=, pairs of a name and its mesh axes."
@@ -129,17 +151,47 @@ def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
         raise ValueError(
             f"The base leaf '{path}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs"
         )
-    names = list(adapter.labels)
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", None)
-    if spec is None:  # one device, or a sharding that does not speak of axes
-        return jax.tree.unflatten(jax.tree.structure(adapter), [sharding for _ in names])
-    if len(spec) > len(adapter.shape):
-        raise ValueError(f"The spec {spec} of '{path}' is longer than its {len(adapter.shape)} axes.")
+    fields = adapter.arrays()
+    if spec is None:
+        if len(sharding.device_set) > 1 and not sharding.is_fully_replicated:
+            raise ValueError(
+                f"The sharding of '{path}' does not say which axes are split.\n  got: {type(sharding).__name__}; pass a NamedSharding"
+            )
+        return jax.tree.map(lambda _: sharding, adapter)
+    shape = {p: s for p, s, _ in adapter.base.leaves}.get(path) or adapter.shape
+    if len(spec) > len(shape):
+        raise ValueError(f"The spec {spec} of '{path}' is longer than its {len(shape)} axes.")
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    found: dict[str, Any] = {name: split.spec for name, split in splits(adapter, spec, mesh).items()}
-    if isinstance(sharding, NamedSharding):
-        found = {n: NamedSharding(sharding.mesh, s, memory_kind=sharding.memory_kind) for n, s in found.items()}
-    return jax.tree.unflatten(jax.tree.structure(adapter), [found[name] for name in names])
+
+    def on(spec: PartitionSpec) -> Any:
+        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind) if mesh is not None else spec
+
+    found = {name: on(split.spec) for name, split in splits(adapter, spec, mesh, shape).items()}
+    # An optimiser's state may have something else in the place of a factor: nothing, its rows' means, a count.
+    parts = [
+        _stacked(found[name], np.ndim(x) - len(axes), on)
+        if _follows(x, axes, shape)
+        else jax.tree.map(lambda _: on(PartitionSpec()), x)
+        for (name, x), axes in zip(fields.items(), adapter.axes().values(), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=lambda x: x is not adapter), parts)
+
+
+def _follows(x: Any, axes: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the last axes of ``x`` are those of a factor that runs along ``axes`` of a leaf."""
+    sizes = getattr(x, "shape", None)
+    if sizes is None or len(sizes) < len(axes):
+        return False
+    last = sizes[len(sizes) - len(axes) :]
+    return all(d is None or n == shape[d] for n, d in zip(last, axes, strict=True))
+
+
+def _stacked(sharding: Any, more: int, on: Any) -> Any:
+    """The sharding of a stack of factors: whole along the ``more`` axes in front."""
+    if not more:
+        return sharding
+    return on(PartitionSpec(*[None] * more, *getattr(sharding, "spec", sharding)))
 
 
 class Split(NamedTuple):
@@ -150,13 +202,14 @@ class Split(NamedTuple):
     """Size and mesh axes of each axis that its devices do not divide."""
 
 
-def splits(adapter: Adapter, spec: Iterable[Any], mesh: Any) -> dict[str, Split]:
-    """How each array of ``adapter`` is split over ``mesh``, if it is known, given the spec of its leaf."""
-    axes = dict(enumerate(spec))
+def splits(adapter: Adapter, spec: Iterable[Any], mesh: Any, shape: tuple[int, ...] | None = None) -> dict[str, Split]:
+    """How each array of ``adapter`` is split over ``mesh``, if it is known, given the spec of its leaf (and its shape)."""
+    axes = {d: None if axis is PartitionSpec.UNCONSTRAINED else axis for d, axis in enumerate(spec)}
+    shape = adapter.shape if shape is None else shape
     out = {}
     for name, runs_along in adapter.axes().items():
         wanted = [None if d is None else axes.get(d) for d in runs_along]
-        sizes = [1 if d is None else adapter.shape[d] for d in runs_along]
+        sizes = [1 if d is None else shape[d] for d in runs_along]
         whole = [
             mesh is not None and n % prod(mesh.shape[a] for a in names_of(axis)) != 0
             for n, axis in zip(sizes, wanted, strict=True)
@@ -171,3 +224,16 @@ def splits(adapter: Adapter, spec: Iterable[Any], mesh: Any) -> dict[str, Split]
 def names_of(axis: Any) -> tuple[Any, ...]:
     """The mesh axes in one entry of a ``PartitionSpec``."""
     return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+
+
+def followed(lora: Mapping[str, Adapter], params: Any) -> dict[str, Adapter]:
+    """The shardings of the adapters whose leaf someone placed. What lives on the default device for want of a choice is left out."""
+    paths, leaves, _ = _paths.flatten(params)
+    placed = {
+        path: leaf.sharding for path, leaf in zip(paths, leaves, strict=True) if path in lora and _is_placed(leaf)
+    }
+    return shardings({path: lora[path] for path in placed}, placed) if placed else {}
+
+
+def _is_placed(leaf: Any) -> bool:
+    return getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True)

@@ -31,6 +31,8 @@ class Site:
         batch: Axes along which every slice is a weight of its own: layers of a scan, experts.
         uses: Every use found.
         head: Whether it is an output head: an output of the function depends on other weights only through it.
+        window: Those of ``inputs`` that the window of a convolution runs along.
+        groups: Of a grouped convolution, the number of its groups.
         reason: Why the leaf cannot be adapted; empty if it can.
     """
 
@@ -44,6 +46,8 @@ class Site:
     uses: tuple[SiteUse, ...] = ()
     head: bool = False
     reason: str = ""
+    window: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def size(self) -> int:
@@ -166,7 +170,9 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
         axes = tuple(range(len(shape)))
         roles = axes[:-1], axes[-1:], ()
     inputs, outputs, batch = roles
-    return Site(path, tuple(shape), dtype, kind, inputs, outputs, batch, uses, head, reason)
+    window = tuple(sorted(union(record.window for record in linear) & frozenset(inputs)))
+    groups = max((record.groups for record in linear), default=1)
+    return Site(path, tuple(shape), dtype, kind, inputs, outputs, batch, uses, head, reason, window, groups)
 
 
 def _roles(ndim: int, records: list[Record]) -> tuple[tuple[int, ...], ...]:

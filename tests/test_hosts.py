@@ -122,6 +122,22 @@ def test_an_adapter_of_two_processes(tmp_path):
     assert abs(two - alone) < 1e-5 * two
 
 
+LATER = {
+    "start": "The processes disagree on the adapter to make",
+    "use": "The processes disagree on the adapter to make",
+    "key": "init takes (key, params, sites, rules)",
+    "predicate": "no attribute 'nothing'",
+    "shape": "init_a must return floats of shape",
+    "long": "No parameter matches target",
+    "abstract": "The processes disagree on the adapter to make",
+    "path": "The processes disagree on the folder",
+    "none": "The folder of the adapter comes first",
+    "base": "The adapter was made for another base",
+    "where": "The processes disagree on the folder",
+    "replicas": "The processes disagree on the adapter",
+}
+
+
 def test_every_process_learns_of_an_error_at_once(tmp_path):
     """Adapters that differ, a value that is not finite on one of them, a folder that one may not write: each raises on both."""
     found = outputs(
@@ -148,6 +164,27 @@ def test_every_process_learns_of_an_error_at_once(tmp_path):
         import os
         assert not os.path.exists("other")
         print("missing:", fails(lambda: jlora.load("nowhere"), FileNotFoundError))
+        # What only one of them meets, whatever it is: the other must not wait.
+        site = jlora.sites(fn, params, x)
+        rule = lambda **more: jlora.LoRA(**{"rank": 4, "targets": "up"} | more)
+        make = lambda rules, key=jax.random.key(0), fn=fn: jlora.init(key, params, jlora.sites(fn, params, x), rules)
+        mine = lambda bad, good: bad if me else good
+        print("start:", fails(lambda: make(rule(init_a=mine("normal", "uniform")))))
+        print("use:", fails(lambda: make(rule(), fn=mine(lambda p, x: jnp.tanh(x @ p["down"].T) @ p["up"].T, fn))))
+        print("key:", fails(lambda: make(rule(), key=mine(3, jax.random.key(0))), TypeError))
+        print("predicate:", fails(lambda: make(rule(targets=mine(lambda s: s.nothing, lambda s: s.path == "up"))), AttributeError))
+        print("shape:", fails(lambda: make(rule(init_a=lambda key, shape, dtype: jnp.ones(mine((1,), shape), dtype)))))
+        print("long:", fails(lambda: make(rule(targets=mine("字" * 1500, "up")))))
+        shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), params)
+        print("abstract:", fails(lambda: jlora.init(jax.random.key(me), shapes, site, rule())))
+        print("path:", fails(lambda: jlora.save(f"other{me}", lora)))
+        print("none:", fails(lambda: jlora.save(mine(None, "other"), lora), TypeError))
+        print("base:", fails(lambda: jlora.load("adapter", mine({"w": jnp.ones(3)}, params))))
+        print("where:", fails(lambda: jlora.load(mine("nowhere", "adapter"), params)))
+        whole = NamedSharding(mesh, P())
+        differ = jax.make_array_from_callback((4,), whole, lambda i: np.full(4, me, "f"))
+        print("replicas:", fails(lambda: jlora.save("other", {"up": jlora.FullWeight(differ, lora["up"].base)})))
+        jlora.save("adapter", lora, overwrite=True)
     """,
             2,
             tmp_path,
@@ -158,8 +195,10 @@ def test_every_process_learns_of_an_error_at_once(tmp_path):
             line.split(":", 1)
             for line in text.splitlines()
             if line.split(":")[0]
-            in ("exists", "other rank", "one rule", "other key", "rank", "values", "finite", "missing")
+            in ("exists", "other rank", "one rule", "other key", "rank", "values", "finite", "missing", *LATER)
         )
+        for name, message in LATER.items():
+            assert message in lines[name]
         assert "The processes disagree on the adapter to make" in lines["other rank"]
         assert "The processes disagree on the adapter to make" in lines["other key"]
         assert "Rank 104 is above 16" in lines["one rule"]

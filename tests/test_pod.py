@@ -172,10 +172,46 @@ def test_a_checkpoint_of_two_processes_is_restored_onto_any_mesh(whole):
             np.testing.assert_array_equal(got, want)
 
 
+BAD = {
+    "--rank 100000": "is above",
+    "--length 100000": "--length 100000 is too long",
+    "--batch 15": "--batch 15 does not divide among",
+    "--process 0": "--coordinator, --processes and --process go together",
+    "--loca 3": "unrecognized arguments: --loca",
+}
+
+
+def test_a_batch_that_is_cut_where_no_process_begins():
+    """Three processes of four devices on 4x3: rows of the batch would come from two processes, and differ."""
+    import pod
+
+    rows = [slice(8 * i // 4, 8 * (i + 1) // 4) for i in range(4)]
+
+    class Across:  # what the second process sees of NamedSharding(mesh, P("data"))
+        def __init__(self, mesh, spec): ...
+
+        def addressable_devices_indices_map(self, shape):
+            return {device: (rows[device // 3],) for device in range(4, 8)}
+
+    class Mesh:
+        shape, devices = {"data": 4, "model": 3}, np.zeros((4, 3))
+
+    job = pod.Job(pod.parse(["--batch", "8"]), Mesh, None, None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.sharding, "NamedSharding", Across)
+        with pytest.raises(pod.Stop, match="The mesh 4x3 cuts the batch where no process begins: rows 2 to 6"):
+            pod.batches(job, np.zeros((100, 9), np.int32))
+
+
 def test_what_cannot_be_is_refused_at_once(whole, tmp_path):
     text, code = finish(start(tmp_path / "mesh", mesh="3x2"))
     assert code == 2
     assert "--mesh 3x2 needs 6 devices, there are 8" in text
+    assert "goes on" not in text
+    for options, message in BAD.items():
+        text, code = finish(start(tmp_path / "bad", *options.split()))
+        assert (code, message in text) == (2, True), text
+        assert "Traceback" not in text
     text, code = finish(start(whole, "--rank", "4"))
     assert code == 2
     assert "holds a run with other settings: rank 8 (now 4)" in text

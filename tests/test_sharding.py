@@ -1,5 +1,7 @@
 """Laws of adapters on a mesh of eight devices: the same numbers, factors that live where they belong, no traffic of the base's size."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from benchmarks import measure
+from jlora import _init
 
 B, T, D, M, H, K, E, L, V = 8, 4, 16, 32, 4, 8, 4, 2, 24
 CASES = {}
@@ -85,6 +88,24 @@ def tied(p, x, at):
 @case("conv", {"w": (3, D, M)}, {"w": P(None, None, "model")}, kinds=[AxisType.Auto])
 def conv(p, x, at):
     return lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@case("grouped_conv", {"w": (3, D // 4, M)}, {"w": P(None, None, "model")}, kinds=[AxisType.Auto])
+def grouped_conv(p, x, at):
+    names = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=names, feature_group_count=4)
+
+
+@case("explicit_conv", {"w": (3, D, M)}, {"w": P(None, None, "model")}, kinds=[AxisType.Explicit])
+def explicit_conv(p, x, at):
+    names, to = ("NWC", "WIO", "NWC"), at(P("data", None, "model"))
+    return lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=names, **to)
+
+
+@case("reshaped", {"w": (D, H, K)}, {"w": P(None, "model")}, kinds=[AxisType.Explicit])
+@case("reshaped_inner", {"w": (D, H, K)}, {"w": P(None, None, "model")}, kinds=[AxisType.Explicit])
+def reshaped(p, x, at):
+    return jnp.einsum("btd,dm->btm", x, jnp.reshape(p["w"], (D, H * K), **at(P(None, "model"))))
 
 
 @case("shard_map", {"up": (D, M), "down": (M, D)}, {"up": P(None, "model"), "down": P("model")})
@@ -282,21 +303,63 @@ def test_merge_gathers_nothing(name):
         assert compiled.output_shardings[path].is_equivalent_to(w.sharding, w.ndim)
 
 
-def test_init_makes_no_whole_copy():
+@pytest.mark.parametrize("inside", [True, False], ids=["set_mesh", "no mesh set"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_init_makes_no_whole_copy(kind, inside):
     """Each device makes its own part of A: no temporary of the size of the whole."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params = {"w": jax.device_put(jnp.zeros((4096, 8)), NamedSharding(mesh, P("data")))}
-    sites = jlora.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 4096)))
-    compiled = (
-        jax.jit(
-            lambda key, p: jlora.init(key, p, sites, jlora.LoRA(rank=8, targets="w"))["w"].a,
-            out_shardings=NamedSharding(mesh, P("data")),
-        )
-        .lower(jax.random.key(0), params)
-        .compile()
-    )
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    where = NamedSharding(mesh, P("data", None))
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        made = _init._maker("uniform", (4096, 8), jnp.dtype("float32"), 4096, where)
+        compiled = made.lower(jax.random.key(0)).compile()
+        assert same_place(made(jax.random.key(0)), where)
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 8 * 4 // 2
     assert not measure.collectives(compiled.as_text())
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_no_mesh_has_to_be_set(kind):
+    """What plain JAX computes with placed arrays alone, an adapter does too."""
+    mesh, _, params, x, _ = made(f"tensor_parallel-{kind.name.lower()}")
+    plain = lambda p, x: jnp.tanh(x @ p["up"])  # noqa: E731
+    params = {"up": params["up"]}
+    lora = nudged(adapted(plain, params, x))
+    apply, merged = jlora.wrap(plain), jlora.merge(params, lora)
+    wanted = plain(merged, x)
+    for found in (
+        apply(params, lora, x),
+        jax.jit(apply)(params, lora, x),
+        plain(jax.jit(jlora.merge)(params, lora), x),
+    ):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=2e-5, atol=2e-5)
+    grads = jax.jit(jax.grad(lambda lora: apply(params, lora, x).sum()))(lora)
+    assert same_place(grads["up"].b, NamedSharding(mesh, P(None, "model")))
+    assert same_place(jlora.delta(lora)["up"], params["up"].sharding)
+
+
+def test_init_inside_jit_follows_the_type():
+    mesh, fn, params, x, _ = made("both-explicit")
+    rule = jlora.LoRA(rank=4, targets=".*")
+    with jax.set_mesh(mesh):
+        sites = jlora.sites(fn, params, x)
+        lora = jax.jit(lambda key, p: jlora.init(key, p, sites, rule))(jax.random.key(0), params)
+    for got, want in zip(*map(jax.tree.leaves, (lora, jlora.shardings(lora, params))), strict=True):
+        assert same_place(got, want)
+
+
+def test_shards_drop_out_for_themselves():
+    """Inside shard_map each shard of the activations has a mask of its own; shards that have the same have the same mask."""
+
+    def fn(p, x):
+        return jax.shard_map(lambda w, x: x @ w, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data"))(p["w"], x)
+
+    params = {"w": jnp.zeros((D, 4))}
+    sites = jlora.sites(fn, params, jnp.ones((4, D)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, dropout=0.5, targets="w"))
+    y = np.asarray(
+        jlora.wrap(fn)(params, jax.tree.map(lambda f: f + 1, lora), jnp.ones((4, D)), dropout_key=jax.random.key(1))
+    )
+    assert (y[:2] != y[2:]).any()
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
@@ -372,6 +435,92 @@ def test_an_optimiser_is_split_as_its_adapter(standard_promotion):
     assert all(x.sharding.is_fully_replicated for x in others)
     with pytest.raises(ValueError, match="There is no adapter in this tree"):
         jlora.shardings({"w": jnp.ones(3)}, params)
+
+
+def test_specs_of_the_mesh_stay_what_they_are_beside_rules():
+    params = {"w": jnp.ones((16, 8))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    where = jlora.shardings(lora, {"w": P("data", "mlp")}, mesh=MESH, rules=RULES)["w"]
+    assert (where.a.spec, where.b.spec) == (P("data", None), P(None, "model"))
+
+
+def test_a_boxed_base_on_one_device_takes_what_a_mesh_saved(tmp_path):
+    variables = Partitioned().init(jax.random.key(0), jnp.ones((2, 16)))
+    sites = jlora.sites(Partitioned().apply, variables, jnp.ones((2, 16)))
+    lora = jlora.init(jax.random.key(0), variables, sites, jlora.LoRA(rank=2, targets=".*kernel.*"))
+    jlora.save(tmp_path / "a", lora)
+    for base in (variables, jax.device_put(variables, jax.devices()[0])):
+        again = jlora.load(tmp_path / "a", base)
+        jax.tree.map(np.testing.assert_array_equal, again, lora)
+        assert all(len(x.devices()) == 1 for x in jax.tree.leaves(again))
+
+
+OPTIMIZERS = {
+    "a rate for each factor": optax.partition({"a": optax.adam(1.0), "b": optax.sgd(1.0)}, jlora.labels),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=1),
+    "novograd": optax.novograd(1.0),
+    "lbfgs": optax.lbfgs(),
+    "sm3": optax.sm3(1.0),
+    "muon": optax.contrib.muon(1.0),
+    "sgd": optax.sgd(1.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimiser_can_be_placed(name):
+    """Moments follow their factors; what has another shape, or is not there, is whole."""
+    params = {"w": jax.device_put(jnp.ones((16, 8)), NamedSharding(MESH, P("data", "model")))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    state = OPTIMIZERS[name].init(lora)
+    where = jlora.shardings(jax.eval_shape(lambda: state), params)
+    placed = jax.device_put(state, where) if jax.tree.leaves(where) else state
+    for x, s in zip(jax.tree.leaves(placed), jax.tree.leaves(where), strict=True):
+        assert same_place(x, s)
+        shapes = {lora["w"].a.shape: P("data", None), lora["w"].b.shape: P(None, "model")}
+        assert s.spec == shapes.get(x.shape, s.spec)
+        assert all(n % 4 == 0 for n, axis in zip(x.shape, s.spec, strict=False) if axis)
+
+
+def test_stacks_of_adapters_are_whole_along_the_stack():
+    params = {"w": jax.device_put(jnp.ones((16, 8)), NamedSharding(MESH, P("data", "model")))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    where = jlora.shardings(jax.tree.map(lambda *x: jnp.stack(x), lora, lora), params)["w"]
+    assert (where.a.spec, where.b.spec) == (P(None, "data", None), P(None, None, "model"))
+
+
+def test_a_leaf_that_nobody_placed_is_whole_on_the_mesh_of_the_others():
+    params = {"a": jnp.ones((8, 16)), "w": jax.device_put(jnp.ones((16, 8)), NamedSharding(MESH, P("data", "model")))}
+    lora = adapted(lambda p, x: x @ p["a"] @ p["w"], params, jnp.ones((2, 8)))
+    where = jlora.shardings(lora, params)
+    assert where["a"].a == NamedSharding(MESH, P(None, None))
+    jax.device_put(lora, where)
+
+
+def test_specs_that_leave_an_axis_open():
+    params = {"w": jnp.ones((16, 8))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    spec = P(P.UNCONSTRAINED, "model")
+    for where in (
+        jlora.shardings(lora, {"w": NamedSharding(MESH, spec)}),
+        jlora.shardings(lora, {"w": spec}, mesh=MESH),
+    ):
+        assert (where["w"].a.spec, where["w"].b.spec) == (P(None, None), P(None, "model"))
+
+
+class Rows(jax.sharding.Sharding):
+    """A sharding that says of devices what they hold, and of axes nothing."""
+
+    device_set = frozenset(jax.devices())
+    is_fully_replicated = False
+
+
+def test_shardings_that_do_not_speak_of_axes_are_refused():
+    params = {"w": jnp.ones((16, 8))}
+    lora = adapted(lambda p, x: x @ p["w"], params, jnp.ones((2, 16)))
+    with pytest.raises(ValueError, match="got: one adapter alone"):
+        jlora.shardings(lora["w"], params)
+    with pytest.raises(ValueError, match=r"does not say which axes are split.\n  got: Rows"):
+        jlora.shardings(lora, {"w": Rows()})
 
 
 def test_an_axis_that_devices_do_not_divide_is_kept_whole_and_the_summary_says_so():

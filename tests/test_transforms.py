@@ -333,7 +333,11 @@ def test_gathered_weight_of_an_unchecked_shard_map_is_refused():
         )
 
     params = {"w": PARAMS["u"]}
-    lora = adapter(fn, params, X)
+    sites = jlora.sites(fn, params, X)
+    with pytest.raises(ValueError, match="all of it is needed by all_gather"):
+        jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="w"))
+    rule = jlora.LoRA(rank=2, targets="w", allow_dense=True)
+    lora = jax.tree.map(lambda f: f + 0.1, jlora.init(jax.random.key(0), params, sites, rule))
     for tiled in (True, False):
         with pytest.raises(jlora.DenseWeightError, match=r"(?s)'w' would have to be made dense.*all_gather"):
             jlora.wrap(fn)(params, lora, X, tiled=tiled)

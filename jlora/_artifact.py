@@ -1,0 +1,120 @@
+"""An adapted function as an artifact that runs without jlora: ``jax.export`` with the adapter among its arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._wrap import check_lora, wrap
+
+Arrays = dict[str, dict[str, jax.Array]]
+
+
+def arrays(lora: Mapping[str, Adapter], *, rank: int | None = None) -> Arrays:
+    r"""The adapter as plain dicts of arrays, for the artifact that ``function`` makes: scales are folded in, ranks padded with zeros.
+
+    Args:
+        lora: Adapters by path.
+        rank: Of all factors; by default each keeps its own. Adapters of one artifact have the same paths and ranks.
+
+    Returns:
+        By path, ``{"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs)}`` with $\Delta W = A B$, or ``{"value": ...}``.
+
+    Raises:
+        ValueError: an adapter has a higher rank.
+        TypeError: an adapter is neither ``LowRank`` nor ``FullWeight``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, jlora.export
+        >>> params = {"w": jnp.ones((3, 5))}
+        >>> sites = jlora.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))
+        >>> lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="w"))
+        >>> {name: x.shape for name, x in jlora.export.arrays(lora, rank=4)["w"].items()}
+        {'a': (3, 4), 'b': (4, 5)}
+    """
+    check_lora(lora)
+    return {path: _plain(path, adapter, rank) for path, adapter in lora.items()}
+
+
+def _plain(path: str, adapter: Adapter, rank: int | None) -> dict[str, jax.Array]:
+    if isinstance(adapter, FullWeight):
+        return {"value": adapter.value}
+    if not isinstance(adapter, LowRank):
+        raise TypeError(
+            f"Only LowRank and FullWeight adapters have plain arrays.\n  got: {type(adapter).__name__} at '{path}'"
+        )
+    more = 0 if rank is None else rank - adapter.rank
+    if more < 0:
+        raise ValueError(
+            f"'{path}' has rank {adapter.rank}, above {rank}.\n  Lower it with jlora.algebra.resize, or allow more."
+        )
+    n = len(adapter.batch)
+    b = adapter.b * jnp.asarray(adapter.scale, adapter.b.dtype)
+    pads = [
+        [(0, more if d == axis else 0) for d in range(x.ndim)] for x, axis in ((adapter.a, adapter.a.ndim - 1), (b, n))
+    ]
+    return {"a": jnp.pad(adapter.a, pads[0]), "b": jnp.pad(b, pads[1])}
+
+
+def function(
+    fn: Callable[..., Any],
+    params: Any,
+    lora: Mapping[str, Adapter],
+    *args: Any,
+    rank: int | None = None,
+    platforms: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Exports ``fn`` with adapted weights: one artifact for one base and any number of adapters.
+
+    ``exported.serialize()`` gives bytes; a process that has JAX but neither jlora nor the model calls
+    ``jax.export.deserialize(bytes).call(params, arrays(lora), *args)``. A merged function needs no more than ``jax.export`` itself.
+
+    Args:
+        fn: As for ``jlora.wrap``.
+        params: The base, or ``ShapeDtypeStruct``s of it: dicts, lists and tuples, which JAX can serialise.
+        lora: An adapter, or ``ShapeDtypeStruct``s of one: those that are called later have its paths, shapes and ranks.
+        *args: Arguments of one call; ``ShapeDtypeStruct``s may have symbolic sizes (``jax.export.symbolic_shape``).
+        rank: Of all factors, as for ``arrays``.
+        platforms: Such as ``["cpu", "tpu", "cuda"]``; by default the one at hand.
+        **kwargs: Flags of the call; they are fixed in the artifact.
+
+    Returns:
+        A ``jax.export.Exported`` of ``(params, arrays(lora), *args)``.
+
+    Raises:
+        ValueError: as ``jlora.wrap``'s ``apply`` does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, jlora.export
+        >>> params, x = {"w": jnp.ones((3, 5))}, jnp.ones((2, 3))
+        >>> fn = lambda p, x: x @ p["w"]
+        >>> lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, x), jlora.LoRA(rank=2, targets="w"))
+        >>> artifact = jlora.export.function(fn, params, lora, x).serialize()
+        >>> jax.export.deserialize(artifact).call(params, jlora.export.arrays(lora), x).shape
+        (2, 5)
+    """
+    import jax.export  # here, so that `import jlora` stays quick
+
+    check_lora(lora, params)
+    apply = wrap(fn)
+    shells = {path: _shell(adapter) for path, adapter in lora.items()}
+
+    def call(params: Any, plain: Arrays, *args: Any) -> Any:
+        return apply(params, {path: shells[path](**x) for path, x in plain.items()}, *args, **kwargs)
+
+    plain = jax.eval_shape(lambda lora: arrays(lora, rank=rank), dict(lora))
+    exported = jax.export.export(jax.jit(call), platforms=None if platforms is None else list(platforms))
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), lax.dtype(x)), params)
+    return exported(base, plain, *args)
+
+
+def _shell(adapter: Adapter) -> Callable[..., Adapter]:
+    """What makes the adapter again from its plain arrays."""
+    static = {k: v for k, v in vars(adapter).items() if k not in adapter.labels}
+    if isinstance(adapter, LowRank):
+        static["scale"] = 1.0
+    return lambda **found: type(adapter)(**found, **static)

@@ -1,0 +1,236 @@
+"""Folders of safetensors: read with suspicion, written beside and moved into place when complete.
+
+A file that comes from somewhere may be anything. Its header is read and checked, under a cap, before anything of its size is
+allocated; nothing in it is used as a path, a pattern or code. What is written is the same byte for byte each time.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_HEADER = 32 * 2**20
+MAX_JSON = 16 * 2**20
+MAX_TENSORS = 100_000
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Dtypes of weights and their size in bytes, by the name the format has for them."""
+
+
+class Tensor(NamedTuple):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def folder(path: Any) -> Path:
+    """``path`` as an absolute path, ``~`` expanded."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"A folder is given by its path, which comes first.\n  got: {type(path).__name__}")
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def safetensors() -> Any:
+    """The library that reads and writes the format."""
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError('safetensors is missing.\n  pip install "jlora[peft]"') from None
+    return safetensors
+
+
+def check_regular(file: Path, limit: float = math.inf) -> int:
+    """The size of ``file``; raises unless it is a regular file of at most ``limit`` bytes: reading a pipe or a device never ends."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise FileNotFoundError(f"{file} cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{file} is not a regular file.")
+    if about.st_size > limit:
+        raise ValueError(f"{file} has {about.st_size:,} bytes, more than the {limit:,} it may have.")
+    return about.st_size
+
+
+def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The object in a JSON file."""
+    check_regular(file, limit)
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds {type(found).__name__}, not an object.")
+    return found
+
+
+class Safetensors:
+    """A safetensors file whose header was checked; tensors are read one by one.
+
+    Attributes:
+        file: The file.
+        header: Dtype and shape of each tensor by name, in the order of names.
+    """
+
+    def __init__(self, file: Path):
+        self._library = safetensors()
+        self.file = file
+        self.header = _header(file)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype of the file."""
+        try:
+            with self._library.safe_open(self.file, framework="np") as f:
+                return f.get_tensor(name)
+        except (self._library.SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file} is damaged: {error}.") from None
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    size = check_regular(file)
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{file} is no safetensors file, or was cut: {size} bytes cannot hold a header of {length:,}."
+            )
+        if length > MAX_HEADER:
+            raise ValueError(f"The header of {file} has {length:,} bytes; at most {MAX_HEADER:,} are read.")
+        raw = f.read(length)
+    try:
+        found = json.loads(raw, object_pairs_hook=_once)
+        found.pop("__metadata__", None)
+        tensors = {
+            str(name): (Tensor(str(x["dtype"]), tuple(x["shape"])), tuple(x["data_offsets"]))
+            for name, x in found.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The header of {file} is damaged: {type(error).__name__} {str(error)[:200]}.") from None
+    if not 0 < len(tensors) <= MAX_TENSORS:
+        raise ValueError(f"{file} holds {len(tensors):,} tensors; 1 to {MAX_TENSORS:,} are read.")
+    for name, entry in tensors.items():
+        _check_entry(file, name, *entry)
+    end = 0
+    for name, (tensor, (start, stop)) in sorted(tensors.items(), key=lambda item: item[1][1]):
+        need = math.prod(tensor.shape) * DTYPES[tensor.dtype]
+        if start != end or stop - start != need:
+            raise ValueError(
+                f"The header of {file} is damaged: '{shown(name)}' of {need:,} bytes lies at {start:,} to {stop:,}, after {end:,}."
+            )
+        end = stop
+    if end != size - 8 - length:
+        raise ValueError(
+            f"{file} was cut or added to: its tensors take {end:,} bytes, there are {size - 8 - length:,}."
+        )
+    return {name: tensors[name][0] for name in sorted(tensors)}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
+
+
+def _check_entry(file: Path, name: str, tensor: Tensor, offsets: tuple[Any, ...]) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"'{shown(name)}' in {file} holds {shown(tensor.dtype)}; weights are {', '.join(sorted(DTYPES))}."
+        )
+    numbers = (*tensor.shape, *offsets)
+    if not all(type(x) is int and 0 <= x < 2**62 for x in numbers) or len(offsets) != 2 or len(tensor.shape) > 32:
+        raise ValueError(f"The header of {file} is damaged: '{shown(name)}' has shape and offsets {shown(numbers)}.")
+
+
+def shown(x: Any, limit: int = 120) -> str:
+    """What a file says, short enough and harmless to print."""
+    text = str(x)[: limit + 1].encode("unicode_escape").decode()
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def check_finite(name: str, x: np.ndarray) -> np.ndarray:
+    """``x``, if all of it is finite."""
+    wide = x.astype(np.float32) if x.dtype.itemsize < 4 else x
+    if not bool(np.isfinite(wide).all()):
+        raise ValueError(f"'{name}' is not finite.")
+    return x
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes tensors; the same ones give the same bytes."""
+    ready = {name: np.ascontiguousarray(np.asarray(x)) for name, x in sorted(tensors.items())}
+    safetensors().numpy.save_file(ready, file, {"format": "pt"})
+    _sync(file)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object with its keys in order."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` once the block ends well; otherwise nothing at ``path`` changes.
+
+    Args:
+        path: The final name.
+        overwrite: Replace what is there, if it is of the same kind.
+        marks: Names of files, one of which such a folder has: anything else is left alone.
+        what: Such a folder in words, for messages.
+    """
+    check_free(path, overwrite=overwrite, marks=marks, what=what)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    part.mkdir()
+    try:
+        yield part
+        check_free(path, overwrite=overwrite, marks=marks, what=what)
+        _exchange(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> None:
+    """Raises unless ``path`` is free, an empty folder, or may be overwritten."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        return
+    if not path.is_dir() or path.is_symlink() or not any((path / mark).exists() for mark in marks):
+        raise FileExistsError(f"{path} is not {what}: it is left alone.\n  Choose another name.")
+    if not overwrite:
+        raise FileExistsError(f"There is already {what} at {path}.\n  Choose another name, or say overwrite=True.")
+
+
+def _exchange(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = path.with_name(f"{new.name}.old")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def floats(x: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """``x`` in ``dtype``, by default at least fp32, which JAX has; fp64 only where JAX has it."""
+    return x.astype(jax.dtypes.canonicalize_dtype(jnp.promote_types(jnp.float32, x.dtype)) if dtype is None else dtype)

@@ -1,0 +1,199 @@
+r"""How a leaf's axes lie in a PyTorch weight, and its factors in PEFT's ``lora_A`` and ``lora_B``: both ways, by the leaf's own axes.
+
+A leaf is flattened to a matrix, inputs times outputs, each in the order of its axes, and a PyTorch weight is that matrix transposed:
+$W_{torch} = W^T$, so that $s\,B_{torch} A_{torch} = (s\,A B)^T$ with $A_{torch} = A^T$ and $B_{torch} = B^T$. What kinds of layers
+differ in stands here; arrays are NumPy's.
+"""
+
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jlora._adapters import LowRank
+from jlora._names import Place, Weight
+from jlora._sites import Site
+
+Layer = Literal["linear", "embedding", "conv", "parameter"]
+
+
+class Axes(NamedTuple):
+    """What the axes of a leaf, or of a slice of it, are."""
+
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...]
+    use: str
+    window: tuple[int, ...]
+    groups: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of the leaf as a matrix."""
+        return prod(self.shape[d] for d in self.inputs), prod(self.shape[d] for d in self.outputs)
+
+    @property
+    def experts(self) -> int:
+        """The number of slices."""
+        return prod(self.shape[d] for d in self.batch)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The inputs that no window runs along."""
+        return tuple(d for d in self.inputs if d not in self.window)
+
+    def at(self, index: tuple[int, ...]) -> "Axes":
+        """Of the slice at ``index`` along the first batch axes."""
+        gone = self.batch[: len(index)] if self.batch else tuple(range(len(index)))
+        new = {d: i for i, d in enumerate(d for d in range(len(self.shape)) if d not in gone)}
+
+        def kept(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(new[d] for d in axes if d in new)
+
+        shape = tuple(n for d, n in enumerate(self.shape) if d not in gone)
+        roles = kept(self.inputs), kept(self.outputs), kept(self.batch)
+        return self._replace(shape=shape, inputs=roles[0], outputs=roles[1], batch=roles[2], window=kept(self.window))
+
+
+def axes_of(leaf: Site | LowRank) -> Axes:
+    """The axes of a site or of an adapted leaf; a leaf that nothing multiplies has none."""
+    use = leaf.kind if isinstance(leaf, Site) else leaf.use
+    plain = isinstance(leaf, Site) and use in ("dense", "unused")
+    roles = ((), (), ()) if plain else (leaf.inputs, leaf.outputs, leaf.batch)
+    return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups)
+
+
+def slice_of(axes: Axes, index: tuple[int, ...]) -> tuple[Any, ...]:
+    """What picks the slice of a leaf at ``index`` along its first batch axes (of a leaf without roles: along its first axes)."""
+    along = dict(zip(axes.batch or range(len(index)), index, strict=False))
+    return tuple(along.get(d, slice(None)) for d in range(len(axes.shape)))
+
+
+def at(x: Any, axes: Axes, index: tuple[int, ...]) -> np.ndarray:
+    """The slice of a leaf at ``index``."""
+    return np.asarray(x[slice_of(axes, index)])
+
+
+def layer_of(axes: Axes, place: Place) -> Layer:
+    """As what PEFT wraps the weight at ``place``."""
+    if len(axes.batch) > 1:
+        raise ValueError(
+            f"'{place.path}' has {len(axes.batch)} batch axes left beside '{place.weight.name}'; one can be experts.\n"
+            "  Give the name an index {} for each of the others."
+        )
+    if axes.batch or not place.weight.name.endswith(".weight"):
+        return "parameter"
+    if axes.window:
+        return "conv"
+    return "embedding" if "lookup" in axes.use and (place.first or "linear" not in axes.use) else "linear"
+
+
+# --- Factors: A (rank, inputs) and B (outputs, rank), of experts stacked in front -------------------------------------
+
+
+def factor_shapes(axes: Axes, layer: Layer, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of PEFT's two tensors for a slice."""
+    (i, o), n = axes.sizes, axes.experts
+    if layer == "conv":
+        kernel = tuple(axes.shape[d] for d in axes.window)
+        return (rank, prod(axes.shape[d] for d in axes.channels), *kernel), (o, rank, *(1 for _ in kernel))
+    if layer == "linear" and "lookup" in axes.use:  # the head that is tied to the table
+        return (rank, o), (i, rank)
+    return (rank * n, i), (o, rank * n)
+
+
+def factors_to_peft(a: np.ndarray, b: np.ndarray, axes: Axes, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """``a: (*batch, *inputs, rank)`` and ``b: (*batch, rank, *outputs)`` of a slice as PEFT's two tensors."""
+    rank = a.shape[-1]
+    (i, o), n = axes.sizes, axes.experts
+    if layer == "conv":
+        order = [axes.inputs.index(d) for d in (*axes.channels, *axes.window)]
+        a = a.transpose([len(axes.inputs), *order])
+    elif layer == "parameter":
+        a = a.reshape(n, i, rank).transpose(0, 2, 1)  # (experts, rank, inputs)
+        b = b.reshape(n, rank, o).transpose(2, 1, 0)  # (outputs, rank, experts)
+    else:
+        a, b = a.reshape(i, rank).T, b.reshape(rank, o).T
+        if layer == "linear" and "lookup" in axes.use:
+            a, b = b.T, a.T
+    if layer == "conv":
+        b = b.reshape(rank, o).T
+    shapes = factor_shapes(axes, layer, rank)
+    return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+
+def factors_from_peft(x: np.ndarray, y: np.ndarray, axes: Axes, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of ``factors_to_peft``."""
+    (i, o), n = axes.sizes, axes.experts
+    inputs, outputs, batch = (tuple(axes.shape[d] for d in g) for g in (axes.inputs, axes.outputs, axes.batch))
+    if layer == "conv":
+        order = [axes.inputs.index(d) for d in (*axes.channels, *axes.window)]
+        a = x.reshape(x.shape[0], *(inputs[d] for d in order)).transpose(
+            [1 + order.index(d) for d in range(len(order))] + [0]
+        )
+        return a, y.reshape(o, -1).T.reshape(-1, *outputs)
+    if layer == "parameter":
+        a = x.reshape(n, -1, i).transpose(0, 2, 1)
+        b = y.reshape(o, -1, n).transpose(2, 1, 0)
+        return a.reshape(*batch, *inputs, -1), b.reshape(*batch, -1, *outputs)
+    if layer == "linear" and "lookup" in axes.use:
+        x, y = y.T, x.T
+    return x.T.reshape(*inputs, -1), y.T.reshape(-1, *outputs)
+
+
+def rotate(y: np.ndarray, heads: int | None, *, back: bool) -> np.ndarray:
+    """Rows of each head with rotary pairs side by side, reordered to halves; ``back`` is the inverse."""
+    if heads is None:
+        return y
+    if y.shape[0] % (2 * heads):
+        raise ValueError(
+            f"{y.shape[0]} rows are no {heads} heads of rotary pairs.\n  Correct Weight(rotary_heads=...)."
+        )
+    split = (heads, 2, -1) if back else (heads, -1, 2)
+    return y.reshape(*split, *y.shape[1:]).swapaxes(1, 2).reshape(y.shape)
+
+
+# --- Whole weights ------------------------------------------------------------------------------------------------------
+
+
+def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
+    """The order of a leaf's axes in the PyTorch weight, and that weight's shape."""
+    (i, o), n = axes.sizes, axes.experts
+    front = (n,) if axes.batch else ()
+    if not axes.inputs:
+        flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
+        return list(range(len(axes.shape))), flat
+    if axes.window:
+        kernel = tuple(axes.shape[d] for d in axes.window)
+        channels = prod(axes.shape[d] for d in axes.channels)
+        return [*axes.outputs, *axes.channels, *axes.window], (o, channels, *kernel)
+    if "lookup" in axes.use or weight.layout == "in_out":
+        return [*axes.batch, *axes.inputs, *axes.outputs], (*front, i, o)
+    return [*axes.batch, *axes.outputs, *axes.inputs], (*front, o, i)
+
+
+def to_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
+    """A whole leaf, or a slice of it, as the PyTorch weight."""
+    order, shape = _order(axes, weight)
+    return _rotated(np.ascontiguousarray(x.transpose(order)).reshape(shape), axes, weight, back=False)
+
+
+def from_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
+    """The inverse of ``to_torch``."""
+    order, _ = _order(axes, weight)
+    x = _rotated(x, axes, weight, back=True).reshape([axes.shape[d] for d in order])
+    return x.transpose([order.index(d) for d in range(len(order))])
+
+
+def torch_shape(axes: Axes, weight: Weight) -> tuple[int, ...]:
+    """The shape of the PyTorch weight."""
+    return _order(axes, weight)[1]
+
+
+def _rotated(x: np.ndarray, axes: Axes, weight: Weight, *, back: bool) -> np.ndarray:
+    if weight.rotary_heads is None:
+        return x
+    rows = x.swapaxes(0, -1) if axes.inputs and weight.layout == "in_out" else x
+    rows = rotate(rows, weight.rotary_heads, back=back)
+    return rows.swapaxes(0, -1) if axes.inputs and weight.layout == "in_out" else rows

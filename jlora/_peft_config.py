@@ -1,0 +1,266 @@
+"""``adapter_config.json``: read so that nothing that changes the arithmetic is passed over, written so that all readers agree.
+
+Patterns in the file are compared letter by letter and never run: a regular expression from elsewhere can take for ever.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jlora import _files
+
+FILE = "adapter_config.json"
+VERSION = "0.21.2"  # of PEFT, whose conventions are followed
+
+_IGNORED = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+        "fan_in_fan_out",
+        "layers_pattern",
+        "megatron_core",
+        "runtime_config",
+        "qalora_group_size",
+        "eva_config",
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "trainable_token_indices",
+        "init_lora_weights",
+        "ensure_weight_tying",
+        "loftq_config",
+        "corda_config",
+        "lora_ga_config",
+    ]
+)
+_PLAIN_STARTS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+_REFUSED = {
+    "use_dora": "DoRA's magnitudes, which jlora does not have",
+    "use_qalora": "QA-LoRA, which pools the inputs of A",
+    "layer_replication": "a base whose layers are repeated",
+    "use_bdlora": "block-diagonal factors",
+}
+
+
+class Config(NamedTuple):
+    """What of a configuration matters."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    dropout: float
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    targets: tuple[str, ...]
+    parameters: tuple[str, ...]
+    partial: bool
+    saved: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    version: tuple[int, ...]
+
+    def rank_of(self, key: str) -> int:
+        """The rank of the module ``key``."""
+        return int(_match(self.rank_pattern, key, self.rank, "rank_pattern"))
+
+    def scale(self, key: str, rank: int) -> float:
+        """The factor of the update of the module ``key``, whose tensors have rank ``rank``."""
+        expected = self.rank_of(key)
+        if expected != rank:
+            raise ValueError(
+                f"'{_files.shown(key)}' has rank {rank} in its tensors and {expected} in {FILE}.\n  The file is damaged."
+            )
+        alpha = _match(self.alpha_pattern, key, self.alpha, "alpha_pattern")
+        return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read(folder: Path) -> Config:
+    """Reads and checks a configuration.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or asks for something that is not LoRA as jlora has it.
+    """
+    file = folder / FILE
+    if not file.exists():
+        raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {FILE}.")
+    c = _files.read_json(file)
+    kind = c.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{file} is of type {_files.shown(kind)}; only LORA can be read.")
+    _refuse(c, file)
+    rank: Any = c.get("r")
+    alpha: Any = c.get("lora_alpha")
+    dropout = c.get("lora_dropout") or 0.0
+    _need(_whole(rank) and rank >= 1, file, "r", rank, "a whole number from 1 up")
+    _need(_positive(alpha), file, "lora_alpha", alpha, "a finite number above 0")
+    _need(_real(dropout) and 0 <= dropout < 1, file, "lora_dropout", dropout, "a rate from 0 up to, not including, 1")
+    rslora = c.get("use_rslora", False)
+    _need(isinstance(rslora, bool), file, "use_rslora", rslora, "true or false")
+    targets = c.get("target_modules") or []
+    literal = targets if isinstance(targets, list) and not c.get("exclude_modules") else []
+    return Config(
+        int(rank),
+        float(alpha),
+        rslora,
+        float(dropout),
+        _pattern(file, "rank_pattern", c.get("rank_pattern") or {}),
+        _pattern(file, "alpha_pattern", c.get("alpha_pattern") or {}),
+        _strings(file, "target_modules", literal),
+        _strings(file, "target_parameters", c.get("target_parameters") or []),
+        c.get("layers_to_transform") is not None,
+        _strings(file, "modules_to_save", c.get("modules_to_save") or []),
+        _tokens(file, c.get("trainable_token_indices") or {}),
+        _version(c.get("peft_version")),
+    )
+
+
+def write(
+    folder: Path,
+    *,
+    rank: int,
+    modules: Sequence[str],
+    parameters: Sequence[str],
+    saved: Sequence[str],
+    bias: str,
+    base_model: str | None,
+    task_type: str | None,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> None:
+    """Writes a configuration in which alpha is the rank, so that the factors hold the scale."""
+    content = {
+        "alpha_pattern": dict(alphas),
+        "base_model_name_or_path": base_model,
+        "bias": bias,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": sorted(saved) or None,
+        "peft_type": "LORA",
+        "peft_version": VERSION,
+        "r": rank,
+        "rank_pattern": dict(ranks),
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    _files.write_json(folder / FILE, content)
+
+
+def _refuse(c: Mapping[str, Any], file: Path) -> None:
+    start = str(c.get("init_lora_weights", True)).lower()
+    if start not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{file} was made with init_lora_weights={_files.shown(start)}, which changes the base before training.\n"
+            "  Save it with PEFT's path_initial_model_for_weight_conversion, which makes plain LoRA of it."
+        )
+    for name, why in _REFUSED.items():
+        if c.get(name):
+            raise ValueError(f"{file} has {name}: {why}.\n  Merge it into its base with PEFT, and extract an adapter.")
+    for name, value in c.items():
+        if name not in _IGNORED and name not in _REFUSED and value not in (None, False, [], {}, "none"):
+            raise ValueError(
+                f"{file} has {_files.shown(name)}, which jlora does not know; it may change what the adapter does."
+            )
+
+
+def _pattern(file: Path, name: str, found: Any) -> dict[str, float]:
+    _need(isinstance(found, dict) and len(found) <= _files.MAX_TENSORS, file, name, found, "an object")
+    for key, value in found.items():
+        _need(_positive(value), file, f"{name}[{_files.shown(key)}]", value, "a finite number above 0")
+        if _literal(key) is None:
+            raise ValueError(
+                f"{name} in {file} has the pattern '{_files.shown(key)}'; patterns from a file are not run.\n"
+                "  Write whole names of modules, or their ends: 'model.layers.0.self_attn.q_proj', 'q_proj'."
+            )
+    return {str(key): value for key, value in found.items()}
+
+
+def _literal(key: str) -> tuple[str, list[str]] | None:
+    """The anchor and the letters of a pattern without choices; a letter ``""`` stands for any."""
+    anchor, body = ("^", key[1:]) if key.startswith("^") else ("", key)
+    body = body.removesuffix("$")
+    letters = re.findall(r"\\[.\-_]|[\w.\-]", body)
+    if "".join(letters) != body or not body:
+        return None
+    return anchor, ["" if x == "." else x[-1] for x in letters]
+
+
+def _match(patterns: Mapping[str, float], key: str, default: float, name: str) -> float:
+    """What PEFT finds for a module: a pattern matches all of its name, or an end that follows a dot."""
+    found = {value for pattern, value in patterns.items() if _matches(pattern, key)}
+    if len(found) > 1:
+        raise ValueError(
+            f"Several patterns of {name} match '{_files.shown(key)}', with values {sorted(found)}: PEFT takes the first, but the order "
+            "was lost when the file was written.\n  Leave one of them."
+        )
+    return found.pop() if found else default
+
+
+def _matches(pattern: str, key: str) -> bool:
+    literal = _literal(pattern)
+    assert literal is not None  # checked when it was read
+    anchor, letters = literal
+    before, end = key[: len(key) - len(letters)], key[len(key) - len(letters) :]
+    if len(letters) > len(key) or (before and (anchor or not before.endswith("."))):
+        return False
+    return all(letter in ("", x) for letter, x in zip(letters, end, strict=True))
+
+
+def _tokens(file: Path, found: Any) -> dict[str, tuple[int, ...]]:
+    """Ids by the name of a module; without a name, of the model's embedding."""
+    found = {"": found} if isinstance(found, list) else found
+    ok = isinstance(found, dict) and all(
+        isinstance(ids, list) and all(_whole(i) and i >= 0 for i in ids) and len(set(ids)) == len(ids)
+        for ids in found.values()
+    )
+    _need(ok, file, "trainable_token_indices", found, "ids of tokens, each once, from 0 up")
+    return {str(name): tuple(ids) for name, ids in found.items()}
+
+
+def _strings(file: Path, name: str, found: Any) -> tuple[str, ...]:
+    _need(isinstance(found, list) and all(isinstance(x, str) for x in found), file, name, found, "a list of names")
+    return tuple(found)
+
+
+def _version(found: Any) -> tuple[int, ...]:
+    numbers = re.match(r"(\d{1,4})\.(\d{1,4})", found) if isinstance(found, str) else None
+    return tuple(map(int, numbers.groups())) if numbers else ()
+
+
+def _need(ok: Any, file: Path, name: str, got: Any, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} in {file} must be {wanted}.\n  got: {_files.shown(got)}")
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _real(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and -(2**63) < x < 2**63
+
+
+def _positive(x: Any) -> bool:
+    return _real(x) and x > 0

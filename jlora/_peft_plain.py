@@ -1,0 +1,80 @@
+"""What a PEFT adapter alone tells of its base: the weights that it adapts, under PyTorch's names and in PyTorch's layout."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from jlora import _files, _peft_config
+from jlora._adapters import Fingerprint
+from jlora._peft_read import Part, open_tensors, part_of
+from jlora._sites import Site, Sites
+
+UNKNOWN = "the adapter replaces it"
+
+
+def sites_of(folder: Path) -> Sites:
+    """Sites of the base that an adapter is for, as far as the adapter tells.
+
+    Raises:
+        ValueError: a module has several adapted parameters, which the file does not name.
+    """
+    config, tensors = _peft_config.read(folder), open_tensors(folder)
+    parts = {key: part_of(key) for key in tensors.header}
+    found: dict[str, Site] = {}
+    pairs: dict[tuple[str, int], dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
+    for key, part in parts.items():
+        shape = tensors.header[key].shape
+        if part.role in ("a", "b"):
+            pairs[part.module, part.depth][part.role] = key, shape
+        elif part.role == "tokens":
+            raise ValueError(
+                f"'{_files.shown(key)}' replaces rows of a table, which is not in the file: load it with its base."
+            )
+        elif part.role != "b_bias" and not (part.role == "weight" and _is_adapted(parts, part)):
+            name = f"{part.module}.{part.role}"
+            found[name] = Site(name, shape, np.dtype(np.float32), "dense", reason=UNKNOWN)
+    for (module, depth), pair in pairs.items():
+        if set(pair) != {"a", "b"}:
+            raise ValueError(f"The adapter is incomplete: '{_files.shown(module)}' has only one factor.")
+        site = _site(config, module, depth, pair["a"], pair["b"])
+        if site.path in found:
+            raise ValueError(
+                f"Several parameters of '{_files.shown(module)}' are adapted, and the file does not name them.\n"
+                "  Load it with its base: jlora.peft.load(folder, sites, names=...)."
+            )
+        found[site.path] = site
+    ordered = [found[path] for path in sorted(found)]
+    return Sites(ordered, Fingerprint((s.path, s.shape, s.dtype) for s in ordered))
+
+
+def _is_adapted(parts: dict[str, Part], part: Part) -> bool:
+    return any(p.module == part.module and p.role == "a" for p in parts.values())
+
+
+def _site(
+    config: _peft_config.Config,
+    module: str,
+    depth: int,
+    a: tuple[str, tuple[int, ...]],
+    b: tuple[str, tuple[int, ...]],
+) -> Site:
+    (key, x), (_, y) = a, b
+    dtype = np.dtype(np.float32)
+    if len(x) < 2 or len(y) != len(x):
+        raise ValueError(f"The factors of '{_files.shown(module)}' have shapes {x} and {y}.")
+    if "lora_embedding" in key:
+        return Site(f"{module}.weight", (x[1], y[0]), dtype, "lookup", (0,), (1,))
+    if len(x) > 2:
+        window = tuple(range(2, len(x)))
+        return Site(f"{module}.weight", (y[0], *x[1:]), dtype, "conv", (1, *window), (0,), window=window)
+    several = [t for t in config.parameters if module == (m := t.rpartition(".")[0]) or module.endswith(f".{m}")]
+    if not several and not depth:
+        return Site(f"{module}.weight", (y[0], x[1]), dtype, "linear", (1,), (0,))
+    name = f"{module}.{several[0].rpartition('.')[2]}" if len(several) == 1 else f"{module}.*"
+    rank = config.rank_of(name)
+    if x[0] % rank:
+        raise ValueError(f"'{_files.shown(key)}' has {x[0]} rows, which are no experts of rank {rank}.")
+    if x[0] == rank:
+        return Site(name, (y[0], x[1]), dtype, "linear", (1,), (0,))
+    return Site(name, (x[0] // rank, y[0], x[1]), dtype, "linear", (2,), (1,), (0,))

@@ -1,0 +1,346 @@
+r"""Merged parameters where the base model goes: safetensors under PyTorch names, an orbax checkpoint, a serialised function.
+
+Leaves are merged and written one by one, so that no second copy of the base is in memory. Safetensors need
+``pip install "jlora[peft]"``.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _files, _hosts, _jax, _layouts, _paths
+from jlora._adapters import Adapter, fingerprint
+from jlora._artifact import arrays as arrays
+from jlora._artifact import function as function
+from jlora._init import as_key, fold_path
+from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._sites import Site, Sites
+from jlora._wrap import check_base, check_lora
+
+Rounding = Literal["nearest", "stochastic"]
+INDEX = "model.safetensors.index.json"
+ONE = "model.safetensors"
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class _Entry(NamedTuple):
+    """One tensor to write."""
+
+    name: str
+    place: Place
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def save(
+    folder: str | os.PathLike[str],
+    params: Any,
+    lora: Mapping[str, Adapter] | None = None,
+    *,
+    sites: Sites,
+    names: Names = None,
+    dtype: Any = None,
+    rounding: Rounding = "nearest",
+    key: Any = None,
+    shard_bytes: int = 5 * 10**9,
+    config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, float]:
+    r"""Writes ``params``, with ``lora`` folded in, as the safetensors of the PyTorch model of these names.
+
+    Args:
+        folder: To write; it appears when it is complete. ``model.safetensors``, or shards of it with an index as Hugging Face has them.
+        params: The base.
+        lora: Adapters by path, or ``None`` for the base alone.
+        sites: What ``jlora.sites`` found, which tells the axes of every leaf.
+        names: As for ``jlora.peft.load``; every leaf of ``params`` has a name. A name that is ``None`` leaves the leaf out.
+        dtype: Of the tensors; by default each leaf's own.
+        rounding: To ``dtype``: ``"nearest"`` loses what is smaller than half a unit of the last place; ``"stochastic"`` rounds up or down
+            with the probability that keeps the mean.
+        key: A PRNG key, for stochastic rounding.
+        shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
+        config: Written as ``config.json``.
+        overwrite: Replace an export that is already there.
+        progress: Called with the name, the number written and the number of all tensors.
+
+    Returns:
+        For each adapted leaf what rounding lost of its update, $\lVert \mathrm{stored} - \Delta \rVert / \lVert \Delta \rVert$.
+
+    Raises:
+        FileExistsError: there is something at ``folder``.
+        ValueError: two leaves have one name; an adapter or ``sites`` belongs to another base.
+
+    References:
+        Gupta et al., 2015, arXiv:1502.02551 (stochastic rounding).
+    """
+    path = _files.folder(folder)
+    options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
+    _files.check_free(path, **options)
+    export = _Export(params, lora, sites, names, dtype, rounding, key)
+    shards = _shards(export.entries, shard_bytes)
+    done = 0
+    with _files.new_folder(path, **options) as part:
+        for file, entries in shards.items():
+            with open(part / file, "wb") as f:
+                _write_header(f, entries)
+                for entry in entries:
+                    f.write(export.contents(entry))
+                    done += 1
+                    if progress is not None:
+                        progress(entry.name, done, len(export.entries))
+                f.flush()
+                os.fsync(f.fileno())
+        if len(shards) > 1:
+            _files.write_json(part / INDEX, _index(shards))
+        if config is not None:
+            _files.write_json(part / "config.json", config)
+    return export.lost
+
+
+def load(folder: str | os.PathLike[str], params: Any, *, sites: Sites, names: Names = None) -> Any:
+    """Reads the safetensors of a PyTorch model into the structure of ``params``.
+
+    Args:
+        folder: With ``model.safetensors``, or shards of it and their index; or one such file.
+        params: Arrays or ``ShapeDtypeStruct``s: the structure, shapes, dtypes and shardings of the result.
+        sites: What ``jlora.sites`` found, which tells the axes of every leaf.
+        names: As for ``save``; a leaf without a name keeps its value of ``params``.
+
+    Raises:
+        FileNotFoundError: there is nothing of that kind.
+        ValueError: a tensor is missing, left over, of another shape, not finite, or its file is damaged.
+    """
+    where = _files.folder(folder)
+    tree = _Tree(params, sites, names)
+    sources = open_weights(where)
+    missing = sorted({name for name in tree.by_name if tree.by_name[name].first} - set(sources))
+    left = sorted(set(sources) - set(tree.by_name))
+    if missing or left:
+        what = [
+            f"missing: {_paths.listing(missing, 4)}" if missing else "",
+            f"left over: {_paths.listing(left, 4)}" if left else "",
+        ]
+        raise ValueError(f"The weights at {where} are not those of this model.\n  " + "\n  ".join(filter(None, what)))
+    out = []
+    for leaf_path, leaf in zip(tree.paths, tree.leaves, strict=True):
+        found = tree.places[leaf_path]
+        out.append(_gather(tree, leaf_path, leaf, found, sources) if found else leaf)
+    return jax.tree_util.tree_unflatten(tree.structure, out)
+
+
+def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
+    """The checked files of a model by the name of each tensor."""
+    if (folder / INDEX).exists():
+        index = _files.read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map.")
+        shards = {}
+        for name in sorted(set(index.values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{folder / INDEX} names the file '{_files.shown(name)}', which is not beside it.")
+            shards[name] = _files.Safetensors(folder / name)
+        wrong = [t for t, file in index.items() if t not in shards[file].header]
+        if wrong or sum(len(s.header) for s in shards.values()) != len(index):
+            raise ValueError(
+                f"{folder / INDEX} and its files do not agree: {_paths.listing(wrong or list(shards), 4)}."
+            )
+        return {name: shards[file] for name, file in index.items()}
+    file = folder if folder.suffix == ".safetensors" else folder / ONE
+    if not file.exists():
+        raise FileNotFoundError(f"There are no weights at {folder}: neither {ONE} nor {INDEX}.")
+    one = _files.Safetensors(file)
+    return dict.fromkeys(one.header, one)
+
+
+class _Tree:
+    """A parameter tree and the names of its leaves."""
+
+    def __init__(self, params: Any, sites: Sites, names: Names):
+        if not isinstance(sites, Sites):
+            raise TypeError(f"sites must be what jlora.sites found.\n  got: {type(sites).__name__}")
+        self.paths, self.leaves, self.structure = _paths.flatten(params)
+        difference = sites.base.difference(fingerprint(self.paths, self.leaves))
+        if difference:
+            raise ValueError(
+                f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
+            )
+        self.sites: dict[str, Site] = {**sites, **sites.skipped}
+        self.axes = {p: _layouts.axes_of(self.sites[p]) for p in self.paths}
+        named = [
+            Leaf(p, a.shape, tuple(a.shape[d] for d in a.batch) if a.inputs else None) for p, a in self.axes.items()
+        ]
+        self.places = places(named, names)
+        self.by_name = ByName(self.places)
+
+    def place(self, name: str) -> tuple[Place, _layouts.Axes, Weight]:
+        found = self.by_name[name]
+        return found, self.axes[found.path].at(found.at), found.weight
+
+
+class _Export:
+    """Merges one leaf at a time, and keeps the last one for the slices that are still to be written."""
+
+    def __init__(self, params: Any, lora: Any, sites: Sites, names: Names, dtype: Any, rounding: Rounding, key: Any):
+        if lora is not None:
+            check_lora(lora, params)
+        self.tree, self.lora = _Tree(params, sites, names), lora or {}
+        check_base(self.lora, self.tree.paths, self.tree.leaves)
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be 'nearest' or 'stochastic'.\n  got: {rounding!r}")
+        if (rounding == "stochastic") != (key is not None):
+            raise ValueError(
+                "Stochastic rounding needs a key, and nothing else does: save(..., rounding='stochastic', key=key)."
+            )
+        self.key = None if key is None else as_key(key, "key must be one PRNG key.")
+        if dtype is not None and str(jnp.dtype(dtype)) not in _NAMES:
+            raise ValueError(f"dtype must be one of {', '.join(_NAMES)}.\n  got: {dtype!r}")
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self.params = dict(zip(self.tree.paths, self.tree.leaves, strict=True))
+        self.entries = list(self._entries())
+        self.lost: dict[str, float] = {}
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def _entries(self) -> Iterator[_Entry]:
+        for path in self.tree.paths:
+            leaf = self.params[path]
+            if _hosts.spans(leaf):
+                raise ValueError(f"'{path}' is spread over processes: export what was saved in one process.")
+            own = np.dtype(leaf.dtype)
+            floating = jnp.issubdtype(own, jnp.floating)
+            for place in (p for p in self.tree.places[path] if p.first):
+                if str(own) not in _NAMES:
+                    raise ValueError(
+                        f"'{path}' holds {own}, which is no weight.\n  Leave it out: names={{'{path}': ()}}."
+                    )
+                place, axes, weight = self.tree.place(place.weight.name)
+                shape = _layouts.torch_shape(axes, weight)
+                yield _Entry(weight.name, place, shape, np.dtype(self.dtype) if self.dtype and floating else own)
+
+    def contents(self, entry: _Entry) -> bytes:
+        """The contents of one tensor."""
+        path = entry.place.path
+        if self._last is None or self._last[0] != path:
+            self._last = None  # let go before the next one is made
+            self._last = path, self._merged(path, entry.dtype)
+        axes = self.tree.axes[path]
+        x = _layouts.at(self._last[1], axes, entry.place.at)
+        x = np.ascontiguousarray(_layouts.to_torch(x, axes.at(entry.place.at), entry.place.weight))
+        return x.reshape(-1).view(np.uint8).data  # type: ignore[return-value]
+
+    def _merged(self, path: str, dtype: np.dtype) -> np.ndarray:
+        leaf = self.params[path]
+        if path not in self.lora and leaf.dtype == dtype:
+            return np.asarray(leaf)
+        w = jnp.asarray(leaf)
+        if path not in self.lora:
+            return np.asarray(self._round(path, w, dtype))
+        update = self.lora[path].delta(w)
+        wide = _jax.promote(w.dtype, update.dtype)
+        stored = self._round(path, w.astype(wide) + update.astype(wide), dtype)
+        size = jnp.linalg.norm(update)
+        lost = jnp.linalg.norm(stored.astype(wide) - w.astype(wide) - update)
+        self.lost[path] = float(lost / size) if float(size) > 0 else 0.0
+        return np.asarray(stored)
+
+    def _round(self, path: str, x: jax.Array, dtype: np.dtype) -> jax.Array:
+        if self.key is None or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+            return x.astype(dtype)
+        return stochastic_round(fold_path(self.key, path), x, dtype)
+
+
+def stochastic_round(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    r"""``x`` in a narrower ``dtype``, rounded to one of its two neighbours there so that the mean over keys is ``x``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.full(10_000, 1.001)  # the neighbours in bf16 are 1 and 1.0078
+        >>> rounded = stochastic_round(jax.random.key(0), x, jnp.bfloat16).astype(jnp.float32)
+        >>> bool(abs(rounded.mean() - 1.001) < 1e-3), float(x.astype(jnp.bfloat16)[0])
+        (True, 1.0)
+
+    References:
+        Gupta et al., 2015, arXiv:1502.02551.
+    """
+    near = x.astype(dtype)
+    error = x - near.astype(x.dtype)
+    up = jnp.nextafter(near, jnp.asarray(jnp.inf, dtype))
+    down = jnp.nextafter(near, jnp.asarray(-jnp.inf, dtype))
+    other = jnp.where(error > 0, up, down)
+    gap = other.astype(x.dtype) - near.astype(x.dtype)
+    share = jnp.where(error == 0, 0, error / jnp.where(gap == 0, 1, gap))
+    take = jax.random.uniform(key, x.shape, x.dtype) < share
+    return jnp.where(take & jnp.isfinite(other), other, near)
+
+
+def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
+    """Entries by file, in order, each file at most ``limit`` bytes."""
+    if limit < 1:
+        raise ValueError(f"shard_bytes must be at least 1.\n  got: {limit}")
+    groups: list[list[_Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + entry.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.bytes
+    if len(groups) == 1:
+        return {ONE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _write_header(f: BinaryIO, entries: list[_Entry]) -> None:
+    """What stands before the contents: the library writes a file only from tensors that are all in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for e in entries:
+        header[e.name] = {
+            "dtype": _NAMES[str(e.dtype)],
+            "shape": list(e.shape),
+            "data_offsets": [start, start + e.bytes],
+        }
+        start += e.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    f.write(len(text).to_bytes(8, "little") + text)
+
+
+def _index(shards: Mapping[str, list[_Entry]]) -> dict[str, Any]:
+    total = sum(e.bytes for entries in shards.values() for e in entries)
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {e.name: file for file, entries in shards.items() for e in entries},
+    }
+
+
+def _gather(
+    tree: _Tree, path: str, leaf: Any, found: list[Place], sources: Mapping[str, _files.Safetensors]
+) -> jax.Array:
+    """One leaf out of its tensors."""
+    axes, value = tree.axes[path], np.zeros(leaf.shape, leaf.dtype)
+    for place in found:
+        part, name = axes.at(place.at), place.weight.name
+        if not place.first and name not in sources:
+            continue
+        wanted = _layouts.torch_shape(part, place.weight)
+        shape = sources[name].header[name].shape
+        if shape != wanted:
+            raise ValueError(f"'{name}' has shape {shape}; '{path}' {axes.shape} is {wanted} there.")
+        x = _layouts.from_torch(_files.check_finite(name, sources[name].read(name)), part, place.weight)
+        at, x = _layouts.slice_of(axes, place.at), x.astype(leaf.dtype)
+        if not place.first and not np.array_equal(value[at], x):
+            raise ValueError(f"'{path}' is one leaf here, but '{name}' and '{found[0].weight.name}' differ.")
+        value[at] = x
+    sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)

@@ -1,0 +1,769 @@
+"""The algebra of adapters against dense NumPy in fp64: every law on adapters with several input, output, window and batch axes."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BY_NAME
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scipy.linalg import subspace_angles
+
+import jlora
+from jlora import algebra
+
+NAMES = [
+    "dense",
+    "heads_in",
+    "contracted_apart",
+    "experts_left",
+    "unit_axes",
+    "conv",
+    "lookup_in_layers",
+    "scan_of_scan",
+    "nnx",
+]
+TOL = 2e-5
+
+
+def trained(name, rank=3, dtype=jnp.float32, seed=5, **rule):
+    """An adapter of a row of the table, every factor random."""
+    case = BY_NAME[name]
+    how = {"alpha": 3.0, "dropout": 0.1, "targets": list(case.expect), "dtype": dtype} | rule
+    lora = jlora.init(jax.random.key(3), case.params, case.sites(), jlora.LoRA(rank=rank, **how))
+    leaves, tree = jax.tree.flatten(lora)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in leaves])
+
+
+def dense(x):
+    """The update as matrices ``(*batch, inputs, outputs)`` in fp64."""
+    n = len(x.batch)
+    a, b = (np.asarray(f, np.float64) for f in (x.a, x.b))
+    return x.scale * a.reshape(*a.shape[:n], -1, x.rank) @ b.reshape(*b.shape[:n], x.rank, -1)
+
+
+def truncated(d, rank):
+    u, s, vh = np.linalg.svd(d, full_matrices=False)
+    return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :], (s[..., :rank] ** 2).sum() / (s**2).sum()
+
+
+def close(got, expected, tol=TOL):
+    assert np.shape(got) == np.shape(expected)
+    error = np.linalg.norm(np.asarray(got, np.float64) - expected)
+    assert error <= tol * np.linalg.norm(expected), error / np.linalg.norm(expected)
+
+
+def statics(x):
+    return {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name not in ("a", "b")}
+
+
+def mean_square(lora):
+    return sum((x.delta() ** 2).sum() + x.delta().sum() for x in lora.values())
+
+
+def assert_all_can_train(lora):
+    """Every column of ``a`` and row of ``b`` gets a gradient, or its partner does."""
+    grads = jax.jit(jax.grad(mean_square))(lora)
+    for path, g in grads.items():
+        n = len(g.batch)
+        a, b = np.asarray(g.a).reshape(*g.a.shape[:n], -1, g.rank), np.asarray(g.b)
+        a, b = np.abs(a).max(-2), np.abs(b.reshape(*b.shape[:n], g.rank, -1)).max(-1)
+        assert ((a > 0) | (b > 0)).all(), path
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spectrum_and_norms_are_those_of_the_dense_update(name):
+    lora = trained(name)
+    values, sizes = algebra.spectrum(lora), algebra.norms(lora)
+    for path, x in lora.items():
+        d = dense(x)
+        expected = np.linalg.svd(d, compute_uv=False)
+        batch = tuple(x.shape[i] for i in x.batch)
+        assert values[path].shape == (*batch, min(3, *d.shape[-2:]))
+        close(values[path], expected[..., :3])
+        close(sizes[path], np.linalg.norm(d, axis=(-2, -1)))
+        assert sizes[path].shape == batch
+
+
+def test_effective_rank():
+    values = jnp.array([[3.0, 3.0, 3.0, 3.0], [5.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 1.0, 1.0, 0.0]])
+    p = np.array([0.5, 0.25, 0.25])
+    np.testing.assert_allclose(
+        algebra.effective_rank(values), [4.0, 1.0, 0.0, np.exp(-(p * np.log(p)).sum())], rtol=1e-6
+    )
+    got = algebra.effective_rank(algebra.spectrum(trained("experts"))["w"])
+    assert got.shape == (17,)
+    assert ((got > 1) & (got <= 3)).all()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2), st.integers(0, 2**31))
+def test_any_shape_and_any_rank_even_above_the_smaller_side(m, k, rank, layers, seed):
+    rng = np.random.default_rng(seed)
+    batch = (layers,) if layers else ()
+    a, b = (jnp.asarray(rng.standard_normal((*batch, *s)), jnp.float32) for s in ((m, rank), (rank, k)))
+    n = len(batch)
+    base = jlora.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 2))}, jnp.ones((2, 2))).base
+    lora = {"w": jlora.LowRank(a, b, (n,), (n + 1,), tuple(range(n)), 0.5, 0.0, base)}
+    expected = np.linalg.svd(dense(lora["w"]), compute_uv=False)
+    got = algebra.spectrum(lora)["w"]
+    assert got.shape == (*batch, min(m, k, rank))
+    np.testing.assert_allclose(got, expected[..., : got.shape[-1]], atol=1e-5 * expected.max())
+    for new in range(1, min(m, k) + 1):
+        resized = algebra.resize(lora, new)["w"]
+        assert resized.rank == new
+        np.testing.assert_allclose(dense(resized), truncated(dense(lora["w"]), new)[0], atol=2e-5 * expected.max())
+
+
+# --- resize ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+def test_resize_is_the_best_approximation(name, dtype):
+    lora = trained(name, dtype=dtype)
+    smaller, kept = algebra.resize(lora, 2, report=True)
+    assert list(smaller) == list(lora)
+    for path, x in lora.items():
+        y = smaller[path]
+        assert statics(y) == statics(x)
+        assert (y.rank, y.a.dtype, y.b.dtype, y.shape) == (2, dtype, dtype, x.shape)
+        expected, share = truncated(dense(x), 2)
+        close(dense(y), expected, TOL if dtype == jnp.float32 else 1e-2)
+        assert float(kept[path]) == pytest.approx(share, rel=1e-4)
+    assert algebra.resize(lora, 3)["w" if "w" in lora else path] is lora["w" if "w" in lora else path]
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("unit_axes",)])
+def test_a_grown_adapter_is_the_same_and_can_train(name):
+    lora = trained(name)
+    grown, kept = algebra.resize(lora, 5, report=True)
+    for path, x in lora.items():
+        y = grown[path]
+        assert statics(y) == statics(x)
+        np.testing.assert_array_equal(y.a[..., :3], x.a)
+        np.testing.assert_allclose(dense(y), dense(x), rtol=0, atol=1e-12)
+        assert kept[path] == 1.0
+        n = len(x.batch)
+        new = np.asarray(y.a).reshape(*y.a.shape[:n], -1, 5)[..., 3:]
+        fan_in = 1 if x.use == "lookup" else new.shape[-2]
+        assert (np.abs(new) <= 1 / np.sqrt(fan_in)).all()
+        assert np.abs(new).max() > 0.5 / np.sqrt(fan_in)
+    assert_all_can_train(grown)
+    again = algebra.resize(lora, 5)
+    jax.tree.map(np.testing.assert_array_equal, again, grown)
+    close(dense(algebra.resize(grown, 3)[path]), dense(lora[path]))
+
+
+def test_growing_twice_gives_new_columns_each_time():
+    lora = trained("dense")
+    twice = algebra.resize(algebra.resize(lora, 5), 7)["w"]
+    assert np.linalg.matrix_rank(np.asarray(twice.a)) == 7
+
+
+def test_an_update_of_a_lower_rank_leaves_room_to_train():
+    """Columns of zeros in both factors would never get a gradient."""
+    for name in ("dense", "experts", "lookup_in_layers"):
+        lora = trained(name, rank=5)
+        fresh = BY_NAME[name].fresh()
+        for tree in (
+            algebra.resize(algebra.combine([lora, lora]), 6),
+            algebra.resize(fresh, 1),
+            algebra.combine([fresh, fresh], method="svd"),
+            algebra.combine([fresh, fresh], method="ties", density=0.5),
+        ):
+            assert_all_can_train(tree)
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+        w = next(iter(lora))
+        close(dense(algebra.resize(algebra.combine([lora, lora]), 6)[w]), 2 * dense(lora[w]))
+        assert not np.asarray(algebra.resize(fresh, 1)[w].b).any()
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "heads_in", "conv", "attention"])
+@pytest.mark.parametrize("energy", [0.3, 0.7, 0.95, 1.0])
+def test_energy_is_kept_by_the_lowest_rank_that_does(name, energy):
+    lora = trained(name, rank=5)
+    resized, kept = algebra.resize(lora, energy=energy, report=True)
+    for path, x in lora.items():
+        s = np.linalg.svd(dense(x), compute_uv=False) ** 2
+        share = np.cumsum(s.reshape(-1, s.shape[-1]).sum(0)) / s.sum()
+        rank = resized[path].rank
+        assert rank == int(np.argmax(share >= energy - 1e-7)) + 1
+        assert float(kept[path]) == pytest.approx(share[rank - 1], rel=1e-5)
+
+
+def test_energy_does_not_count_rounding_nor_an_update_of_zero():
+    lora = trained("dense")
+    doubled = algebra.combine([lora, lora])
+    assert algebra.resize(doubled, energy=1.0)["w"].rank == 3
+    fresh, kept = algebra.resize(BY_NAME["dense"].fresh(), energy=0.5, report=True)
+    assert (fresh["w"].rank, float(kept["w"])) == (1, 1.0)
+    tiny = {"w": dataclasses.replace(lora["w"], a=lora["w"].a * 1e-25)}
+    smaller, kept = algebra.resize(tiny, 1, report=True)
+    assert float(kept["w"]) == pytest.approx(truncated(dense(lora["w"]), 1)[1], rel=1e-4)
+    assert smaller["w"].b.any()
+
+
+def test_ranks_by_path():
+    lora = trained("attention")
+    ranks = {p: x.rank for p, x in algebra.resize(lora, {"q": 1, "[qk]": 2, "v": 7}).items()}
+    assert ranks == {"q": 1, "k": 2, "v": 7, "o": 3}
+    with pytest.raises(
+        ValueError, match=r"No low-rank adapter matches 'kk'.\n  nearest: .*k.*\n  A pattern must match"
+    ):
+        algebra.resize(lora, {"kk": 1})
+    with pytest.raises(ValueError, match=r"Earlier patterns took every match of 'q'.*\n  matches: q"):
+        algebra.resize(lora, {"[qk]": 1, "q": 2})
+    with pytest.raises(ValueError, match=r"pattern '\*q' of a rank is not a regular expression"):
+        algebra.resize(lora, {"*q": 1})
+    with pytest.raises(ValueError, match=r"pattern 3 of a rank is not a regular expression"):
+        algebra.resize(lora, {3: 1})
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, "2", True])
+def test_a_rank_is_a_whole_number(rank):
+    for wrong in (
+        lambda: algebra.resize(trained("dense"), rank),
+        lambda: algebra.resize(trained("dense"), {"w": rank}),
+    ):
+        with pytest.raises(ValueError, match=r"A rank must be a whole number from 1 up"):
+            wrong()
+    with pytest.raises(ValueError, match=r"A rank must be a whole number from 1 up"):
+        algebra.combine([trained("dense")], method="svd", rank=rank)
+
+
+def test_what_resize_refuses():
+    lora = trained("dense")
+    with pytest.raises(ValueError, match=r"Rank 12 is above 11, the smaller side of 'w' \(11, 13\)"):
+        algebra.resize(lora, 12)
+    for how in ({}, {"rank": 2, "energy": 0.5}):
+        with pytest.raises(ValueError, match=r"takes either rank or energy"):
+            algebra.resize(lora, **how)
+    for energy in (0, 1.1, -1, True, "all", float("nan")):
+        with pytest.raises(ValueError, match=r"energy must be a number above 0, up to 1"):
+            algebra.resize(lora, energy=energy)
+    with pytest.raises(ValueError, match=r"not known under jit"):
+        jax.jit(lambda lora: algebra.resize(lora, energy=0.5))(lora)
+    with pytest.raises(ValueError, match=r"adapter of 'w' is not finite"):
+        algebra.resize(jax.tree.map(lambda x: x * jnp.nan, lora), energy=0.5)
+    with pytest.raises(ValueError, match=r"trained outright: resize would have no effect"):
+        algebra.resize({"w": jlora.FullWeight(jnp.ones((3, 4)), lora["w"].base)}, 2)
+    with pytest.raises(ValueError, match=r"The adapter is empty"):
+        algebra.resize({}, 2)
+    with pytest.raises(TypeError, match=r"lora must be a dict"):
+        algebra.spectrum([lora])
+    with pytest.raises(ValueError, match=r"factor a of an adapter must have 2 axes"):
+        algebra.norms(jax.tree.map(lambda x: jnp.stack([x, x]), lora))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Own(jlora.Adapter):
+    kind: ClassVar[str] = "own"
+    labels: ClassVar[dict[str, str]] = {"x": "x"}
+    x: jax.Array
+
+
+def test_a_kind_of_ones_own_is_named():
+    for call in (lambda t: algebra.resize(t, 2), algebra.spectrum, algebra.norms, lambda t: algebra.combine([t])):
+        with pytest.raises(TypeError, match=r"knows LowRank and FullWeight adapters.\n  got: Own for 'v'"):
+            call({**trained("dense"), "v": Own(jnp.ones(3))})
+
+
+# --- combine ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_combining_is_the_weighted_sum(name):
+    rank = 2 if name != "unit_axes" else 3
+    loras = [trained(name), trained(name, rank=rank, alpha=5.0, rslora=True, seed=7), trained(name, seed=8)]
+    weights = [0.5, -2.0, 1.0]
+    joined = algebra.combine(loras, weights)
+    short = algebra.combine(loras, weights, method="svd", rank=2)
+    usual = algebra.combine(loras, weights, method="svd")
+    for path, first in loras[0].items():
+        expected = sum(w * dense(lora[path]) for w, lora in zip(weights, loras, strict=True))
+        close(dense(joined[path]), expected)
+        assert joined[path].rank == 6 + rank
+        assert joined[path].scale == 1.0
+        assert statics(joined[path]) == {**statics(first), "scale": 1.0}
+        close(dense(short[path]), truncated(expected, 2)[0])
+        close(dense(usual[path]), truncated(expected, 3)[0])
+        assert usual[path].rank == 3
+    same = algebra.combine([loras[0], loras[2]])
+    for path, first in loras[0].items():
+        assert statics(same[path]) == statics(first)
+        np.testing.assert_array_equal(same[path].a[..., :3], first.a)
+        close(dense(same[path]), dense(first) + dense(loras[2][path]))
+
+
+def test_the_combination_runs():
+    """The result is an adapter like any other."""
+    case = BY_NAME["heads_in"]
+    one, two = trained("heads_in"), trained("heads_in", seed=9)
+    joined = algebra.combine([one, two], [0.5, 0.5])
+    merged = jax.tree.map(lambda w, x, y: w + 0.5 * x + 0.5 * y, case.params, jlora.delta(one), jlora.delta(two))
+    np.testing.assert_allclose(
+        jlora.wrap(case.fn)(case.params, joined, *case.args), case.fn(merged, *case.args), atol=1e-3
+    )
+
+
+def test_leaves_that_only_some_have_are_carried_over():
+    lora = trained("attention")
+    one, two = {p: lora[p] for p in "qk"}, {p: lora[p] for p in "kv"}
+    for how in (
+        {},
+        {"method": "svd"},
+        {"method": "ties", "density": 1.0},
+        {"method": "dare", "density": 1.0, "key": jax.random.key(0)},
+    ):
+        joined = algebra.combine([one, two], [3.0, 1.0], **how)
+        assert list(joined) == ["q", "k", "v"]
+        close(dense(joined["q"]), 3 * dense(lora["q"]))
+        close(dense(joined["v"]), dense(lora["v"]))
+
+
+def test_bf16_factors_are_combined_in_fp32_and_the_widest_dtype_wins():
+    one, two = trained("dense", dtype=jnp.bfloat16), trained("dense", seed=7)
+    for how in ({}, {"method": "svd", "rank": 6}):
+        joined = algebra.combine([one, two], **how)["w"]
+        assert joined.a.dtype == joined.b.dtype == jnp.float32
+        close(dense(joined), dense(one["w"]) + dense(two["w"]))
+        narrow = algebra.combine([one, one], **how)["w"]
+        assert narrow.a.dtype == narrow.b.dtype == jnp.bfloat16
+        close(dense(narrow), 2 * dense(one["w"]), 1e-2)
+    found = algebra.compare(one, two)["w"]
+    assert found.cosine.dtype == jnp.float32
+
+
+def reference_ties(updates, density):
+    kept = []
+    for d in updates:
+        count = max(1, round(density * d.size))
+        kept.append(np.where(np.abs(d) >= np.sort(np.abs(d).ravel())[-count], d, 0.0))
+    kept = np.stack(kept)
+    agree = (np.sign(kept) == np.sign(kept.sum(0))[None]) & (kept != 0)
+    return (kept * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "heads_in", "conv"])
+@pytest.mark.parametrize("density", [0.2, 0.6, 1.0])
+def test_ties_trims_elects_and_averages(name, density):
+    loras = [trained(name), trained(name, rank=2, seed=7), trained(name, seed=8)]
+    weights = [1.0, 0.5, -1.0]
+    expected = reference_ties([w * dense(x["w"]) for w, x in zip(weights, loras, strict=True)], density)
+    got = algebra.combine(loras, weights, method="ties", density=density)["w"]
+    assert got.rank == 3
+    close(dense(got), truncated(expected, 3)[0], 1e-4)
+    most = min(expected.shape[-2:])
+    close(dense(algebra.combine(loras, weights, method="ties", density=density, rank=most)["w"]), expected, 1e-4)
+
+
+def test_dare_keeps_a_share_and_the_mean():
+    lora = trained("dense", rank=11)
+    d = dense(lora["w"])
+    draw = {
+        seed: dense(algebra.combine([lora], method="dare", density=0.25, key=jax.random.key(seed))["w"])
+        for seed in range(40)
+    }
+    share = np.mean([np.isclose(x, 4 * d, atol=1e-3).mean() for x in draw.values()])
+    assert share == pytest.approx(0.25, abs=0.03)
+    for x in draw.values():
+        assert (np.isclose(x, 4 * d, atol=1e-3) | np.isclose(x, 0, atol=1e-3)).all()
+    assert np.corrcoef(np.mean(list(draw.values()), axis=0).ravel(), d.ravel())[0, 1] > 0.9
+    how = {"method": "dare", "density": 0.25, "key": jax.random.key(1), "rank": 11}
+    np.testing.assert_array_equal(algebra.combine([lora], **how)["w"].a, algebra.combine([lora], **how)["w"].a)
+    # Each adapter, and each leaf, drops entries of its own; weights act on what is left.
+    twice = dense(algebra.combine([lora, lora], [1.0, -1.0], **how)["w"])
+    assert 0.2 < (np.abs(twice) > 1e-3).mean() < 0.6
+
+
+def test_leaves_trained_outright():
+    case = BY_NAME["nnx"]
+    base = jlora.delta(trained("nnx"))  # only for its shapes
+    rules = [jlora.Full(targets="norm/.*"), jlora.Full(targets="up/kernel"), jlora.LoRA(rank=2, targets="down/kernel")]
+    one = jlora.init(jax.random.key(0), case.params, case.sites(), rules)
+    one = jax.tree.map(lambda x: x + 0.5, one)
+    two = {**jax.tree.map(lambda x: 2.0 * x, one), "up/kernel": trained("nnx", rank=2)["up/kernel"]}
+    assert base["up/kernel"].shape == one["up/kernel"].shape
+    w = {p: np.asarray(x, np.float64) for p, x in zip(*jlora._paths.flatten(case.params)[:2], strict=True)}
+    updates = [jlora.delta(lora, case.params) for lora in (one, two)]
+    for how in ({}, {"method": "svd"}):
+        joined = algebra.combine([one, two], [2.0, -0.5], params=case.params, **how)
+        for path in ("norm/scale", "norm/bias", "up/kernel"):
+            assert isinstance(joined[path], jlora.FullWeight)
+            close(
+                joined[path].value,
+                w[path] + sum(c * np.asarray(u[path]) for c, u in zip((2.0, -0.5), updates, strict=True)),
+            )
+    joined = algebra.combine([one, two], method="ties", density=0.5, params=case.params)
+    path = "up/kernel"
+    close(joined[path].value, w[path] + reference_ties([np.asarray(u[path], np.float64) for u in updates], 0.5))
+    assert algebra.resize(one, 1)["norm/bias"] is one["norm/bias"]
+    assert list(algebra.spectrum(one)) == ["down/kernel"]
+    sizes = algebra.norms(one, case.params)
+    for path in one:
+        close(sizes[path], np.linalg.norm(updates[0][path]))
+    found = algebra.compare(one, two, case.params)
+    for path in one:
+        x, y = (np.asarray(u[path], np.float64) for u in updates)
+        close(found[path].cosine, (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
+        close(found[path].difference, np.linalg.norm(x - y) / np.linalg.norm(x))
+        assert (found[path].input_angles is None) == (path != "down/kernel")
+    for wrong in (lambda: algebra.combine([one, two]), lambda: algebra.norms(one), lambda: algebra.compare(one, two)):
+        with pytest.raises(ValueError, match=r"'norm/\w+' is trained outright.*\n  Pass the base"):
+            wrong()
+    with pytest.raises(ValueError, match=r"belongs to another base: there is no leaf"):
+        algebra.norms(one, {"w": jnp.ones(3)})
+
+
+def test_what_combine_refuses():
+    lora, key = trained("dense"), jax.random.key(0)
+    wrong = {
+        r"method must be 'concat', 'svd', 'ties' or 'dare'.\n  got: 'sum'": {"method": "sum"},
+        r"'concat' has no use for rank.\n  .*the method 'svd', 'ties' or 'dare'\.": {"rank": 2},
+        r"'svd' has no use for density.\n  .*the method 'ties' or 'dare'\.": {"method": "svd", "density": 0.5},
+        r"'ties' has no use for key.\n  .*the method 'dare'\.": {"method": "ties", "density": 0.5, "key": key},
+        r"'ties' needs a density": {"method": "ties"},
+        r"'dare' needs a density": {"method": "dare", "key": key},
+        r"Rank 12 is above 11, the smaller side of 'w'": {"method": "ties", "density": 0.5, "rank": 12},
+        r"Rank 13 is above 11, the smaller side of 'w'": {"method": "svd", "rank": 13},
+        r"one weight for each adapter.\n  got: 1 weights, 2 adapters": {"weights": [1.0]},
+        r"A weight must be one finite number.\n  got: nan": {"weights": [1.0, float("nan")]},
+        r"A weight must be one finite number.\n  got: 'a'": {"weights": [1.0, "a"]},
+        r"A weight must be one finite number.\n  got: Array": {"weights": [1.0, jnp.ones(2)]},
+    }
+    for message, how in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            algebra.combine([lora, lora], **how)
+    for density in (0, 1.5, -0.1, True, "most"):
+        with pytest.raises(ValueError, match=r"density must be a number above 0, up to 1"):
+            algebra.combine([lora, lora], method="ties", density=density)
+    with pytest.raises(TypeError, match=r"'dare' needs key="):
+        algebra.combine([lora, lora], method="dare", density=0.5)
+    with pytest.raises(TypeError, match=r"loras must be a sequence of adapters.\n  got: dict"):
+        algebra.combine(lora)
+    with pytest.raises(ValueError, match=r"There is no adapter to combine"):
+        algebra.combine([])
+    with pytest.raises(ValueError, match=r"A weight must be one finite number"):
+        jax.jit(algebra.combine)([lora, lora], jnp.ones((2, 2)))
+    imaginary = jax.tree.map(lambda x: x.astype(jnp.complex64), lora)
+    with pytest.raises(ValueError, match=r"'ties' elects a sign.*complex"):
+        algebra.combine([imaginary], method="ties", density=0.5)
+
+
+def test_adapters_of_different_bases_or_axes_are_refused():
+    lora = trained("dense")
+    other = {"w": dataclasses.replace(lora["w"], base=trained("bias")["w"].base)}
+    turned = {"w": dataclasses.replace(trained("kernel_left")["w"], base=lora["w"].base)}
+    shorter = {"w": dataclasses.replace(lora["w"], b=lora["w"].b[:, :7])}
+    for call in (algebra.combine, lambda pair: algebra.compare(*pair)):
+        with pytest.raises(ValueError, match=r"belong to different bases: 'b' \(13,\) float32 is not part of"):
+            call([lora, other])
+        with pytest.raises(
+            ValueError, match=r"split 'w' differently: inputs \(0,\), .*\n  Make both with the sites of one"
+        ):
+            call([lora, turned])
+        with pytest.raises(ValueError, match=r"for different shapes of 'w': \(11, 13\) and \(11, 7\)"):
+            call([lora, shorter])
+    square = trained("residual")["w"]
+    swapped = {"w": dataclasses.replace(square, inputs=(1,), outputs=(0,))}
+    with pytest.raises(
+        ValueError, match=r"split 'w' differently: inputs \(0,\), outputs \(1,\), batch \(\), and inputs \(1,\)"
+    ):
+        algebra.combine([{"w": square}, swapped])
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compare_is_what_the_dense_updates_say(name):
+    one, two = trained(name), trained(name, rank=2 if name != "unit_axes" else 3, seed=7)
+    found = algebra.compare(one, two)
+    for path, got in found.items():
+        x, y = dense(one[path]), dense(two[path])
+        sizes = [np.linalg.norm(d, axis=(-2, -1)) for d in (x, y)]
+        close(got.norm_one, sizes[0])
+        close(got.norm_two, sizes[1])
+        np.testing.assert_allclose(got.cosine, (x * y).sum((-2, -1)) / sizes[0] / sizes[1], atol=1e-5)
+        close(got.difference, np.linalg.norm(x - y, axis=(-2, -1)) / sizes[0])
+        for index in np.ndindex(x.shape[:-2]):
+            for angles, side in ((got.input_angles, lambda d: d), (got.output_angles, np.transpose)):
+                spaces = [np.linalg.svd(side(d[index]))[0][:, : np.linalg.matrix_rank(d[index])] for d in (x, y)]
+                expected = np.sort(subspace_angles(*spaces))
+                np.testing.assert_allclose(angles[index][: len(expected)], expected, atol=2e-5)
+
+
+def test_small_angles_and_small_differences_are_told():
+    """A cosine in fp32 cannot tell an angle of 1e-4 from none."""
+    lora = trained("dense")
+    a = lora["w"].a
+    q = jnp.linalg.qr(jnp.concatenate([a, trained("dense", seed=9)["w"].a], 1))[0]
+    one = {"w": dataclasses.replace(lora["w"], a=q[:, :3])}
+    two = {"w": dataclasses.replace(lora["w"], a=q[:, :3] + 1e-4 * q[:, 3:])}
+    found = algebra.compare(one, two)["w"]
+    np.testing.assert_allclose(found.input_angles, 1e-4, rtol=1e-2)
+    assert float(found.difference) == pytest.approx(1e-4, rel=1e-2)
+    np.testing.assert_allclose(found.output_angles, 0.0, atol=2e-6)
+    itself = algebra.compare(one, one)["w"]
+    assert float(itself.difference) < 1e-6
+    assert float(itself.cosine) == pytest.approx(1.0)
+    tiny = jax.tree.map(lambda x: x * 1e-9, one)
+    assert float(algebra.compare(tiny, tiny)["w"].cosine) == pytest.approx(1.0)
+
+
+def test_updates_of_zero_give_numbers():
+    fresh, lora = BY_NAME["experts"].fresh(), trained("experts", rank=2)
+    np.testing.assert_array_equal(algebra.spectrum(fresh)["w"], np.zeros((17, 2)))
+    np.testing.assert_array_equal(algebra.norms(fresh)["w"], np.zeros(17))
+    for pair, difference in (((fresh, fresh), 0.0), ((lora, fresh), 1.0), ((fresh, lora), np.inf)):
+        found = algebra.compare(*pair)["w"]
+        np.testing.assert_allclose(found.difference, np.full(17, difference), rtol=1e-5)
+        np.testing.assert_array_equal(found.cosine, np.zeros(17))
+        for angles in (found.input_angles, found.output_angles):
+            np.testing.assert_allclose(angles, np.full((17, 2), np.pi / 2), rtol=1e-6)
+
+
+def test_leaves_of_one_adapter_only_are_reported():
+    lora = trained("attention")
+    found = algebra.compare({p: lora[p] for p in "qk"}, {p: lora[p] for p in "kv"})
+    assert list(found) == ["q", "k", "v"]
+    assert found["q"].norm_two is None
+    assert found["v"].norm_one is None
+    assert found["q"].cosine is found["v"].input_angles is None
+    close(found["v"].norm_two, np.linalg.norm(dense(lora["v"])))
+
+
+# --- extract ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "host"), [(name, i % 2 == 0) for i, name in enumerate(NAMES)])
+def test_extract_finds_the_adapter_again(name, host):
+    case, lora = BY_NAME[name], trained(name)
+    params, tuned = case.params, jlora.merge(case.params, lora)
+    if host:
+        params, tuned = (jax.tree.map(np.asarray, tree) for tree in (params, tuned))
+    rule = jlora.LoRA(rank=3, alpha=6.0, dropout=0.1, targets=list(case.expect))
+    found, kept = algebra.extract(params, tuned, case.sites(), rule, report=True)
+    assert set(found) == set(lora)
+    for path, x in lora.items():
+        close(dense(found[path]), dense(x), 1e-4)
+        assert statics(found[path]) == {**statics(x), "scale": 2.0}
+        assert kept[path] == pytest.approx(1.0, abs=1e-5)
+        assert isinstance(kept[path], float)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extract_is_the_best_approximation(name):
+    case, rng = BY_NAME[name], np.random.default_rng(0)
+    paths, leaves, tree = jlora._paths.flatten(case.params)
+    moved = [
+        np.asarray(x) + rng.standard_normal(x.shape, np.float32) * (p in case.expect)
+        for p, x in zip(paths, leaves, strict=True)
+    ]
+    tuned = jax.tree.unflatten(tree, [jnp.asarray(x) for x in moved])
+    rank = 2 if name != "unit_axes" else 1
+    found, kept = algebra.extract(
+        case.params, tuned, case.sites(), jlora.LoRA(rank=rank, targets=list(case.expect)), report=True
+    )
+    for path, x in found.items():
+        i = paths.index(path)
+        order = (*x.batch, *x.inputs, *x.outputs)
+        d = (np.asarray(moved[i], np.float64) - np.asarray(leaves[i], np.float64)).transpose(order)
+        expected, share = truncated(d.reshape(dense(x).shape), rank)
+        close(dense(x), expected, 1e-4)
+        assert kept[path] == pytest.approx(share, rel=1e-4)
+        a, b = (np.sqrt((np.asarray(f, np.float64) ** 2).sum()) for f in (x.a, x.b))
+        assert a == pytest.approx(b, rel=1e-4)  # evenly on both sides
+
+
+PARAMS = {
+    "up": jnp.ones((5, 7)),
+    "down": jnp.ones((7, 3)),
+    "bias": jnp.ones(3),
+    "step": jnp.int32(0),
+    "key": jax.random.key(0),
+}
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"][None]
+
+
+SITES = jlora.sites(model, PARAMS, jnp.ones((2, 5)))
+UP = jlora.LoRA(rank=1, targets="up")
+
+
+def test_extract_copies_leaves_trained_outright_and_refuses_to_lose_others():
+    tuned = {**PARAMS, "up": PARAMS["up"] + 1.0, "bias": PARAMS["bias"] * 3.0}
+    rules = [UP, jlora.Full(targets="bias"), jlora.LoRA(rank=2, targets="down")]
+    lora, kept = algebra.extract(PARAMS, tuned, SITES, rules, report=True)
+    np.testing.assert_array_equal(lora["bias"].value, tuned["bias"])
+    assert lora["bias"].base == SITES.base
+    assert kept["bias"] == kept["down"] == 1.0
+    assert not lora["down"].b.any()
+    assert_all_can_train({"down": lora["down"]})
+    x = jnp.linspace(-1, 1, 10).reshape(2, 5)
+    np.testing.assert_allclose(jlora.wrap(model)(PARAMS, lora, x), model(tuned, x), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"1 leaves differ that no rule covers: bias\.\n  Add a rule.*rest='ignore'"):
+        algebra.extract(PARAMS, tuned, SITES, UP)
+    assert list(algebra.extract(PARAMS, tuned, SITES, UP, rest="ignore")) == ["up"]
+    for path, value in (("step", jnp.int32(3)), ("key", jax.random.key(1))):
+        with pytest.raises(ValueError, match=f"no rule covers: {path}"):
+            algebra.extract(PARAMS, {**tuned, "bias": PARAMS["bias"], path: value}, SITES, UP)
+
+
+def test_extract_of_other_dtypes():
+    """A checkpoint in bf16 that was tuned in fp32, and one in fp64 on the host: the difference is made in the wider dtype."""
+    fine = 1e-3 * np.outer(np.arange(1.0, 6), np.ones(7))
+    coarse = {"up": PARAMS["up"].astype(jnp.bfloat16)}
+
+    def fn(p, x):
+        return x @ p["up"].astype(jnp.float32)
+
+    sites = jlora.sites(fn, coarse, jnp.ones((2, 5)))
+    lora = algebra.extract(coarse, {"up": jnp.asarray(1 + fine, jnp.float32)}, sites, UP)
+    close(dense(lora["up"]), fine, 1e-4)
+    half = algebra.extract(
+        coarse, {"up": np.asarray(1 + fine, np.float32)}, sites, jlora.LoRA(rank=1, targets="up", dtype=jnp.bfloat16)
+    )
+    assert half["up"].a.dtype == jnp.bfloat16
+    host = {"up": np.ones((5, 7))}
+    sites = jlora.sites(fn, {"up": jax.ShapeDtypeStruct((5, 7), jnp.float32)}, jnp.ones((2, 5)))
+    single = {"up": np.ones((5, 7), np.float32)}
+    lora = algebra.extract(single, {"up": host["up"] + 1e-9 * fine}, sites, UP)
+    close(dense(lora["up"]), 1e-9 * fine, 1e-3)
+
+
+def test_what_extract_refuses():
+    tuned = {**PARAMS, "up": PARAMS["up"] + 1.0}
+    shapes = jax.eval_shape(lambda: PARAMS)
+    wrong = {
+        r"rest must be 'error' or 'ignore'.\n  got: 'drop'": (tuned, {"rest": "drop"}),
+        r"two checkpoints are the same in all leaves": (PARAMS, {}),
+        r"two checkpoints are the same in the leaves that rules cover: down": (
+            tuned, {"rest": "ignore", "rules": jlora.LoRA(rank=1, targets="down")},
+        ),
+        r"different leaves: there is no 'bias' in tuned.\n  nearest: bais": (
+            {("bais" if p == "bias" else p): x for p, x in tuned.items()}, {},
+        ),
+        r"different leaves: there is no 'more' in params.\n  nearest": ({**tuned, "more": jnp.ones(3)}, {}),
+        r"different shapes: 'up' is \(5, 7\) in params, \(7, 5\) in tuned": ({**tuned, "up": tuned["up"].T}, {}),
+        r"needs the values of both checkpoints.\n  got: only the shape of": (shapes, {}),
+        r"difference of 'up' is not finite": ({**tuned, "up": tuned["up"] * jnp.nan}, {}),
+        r"sites were found for other parameters: 'up'": (tuned, {"params": {**PARAMS, "up": jnp.ones((5, 8))}}),
+    }  # fmt: skip
+    for message, (second, how) in wrong.items():
+        how = {"params": PARAMS, "rules": UP} | how
+        params, rules = how.pop("params"), how.pop("rules")
+        with pytest.raises(ValueError, match=message):
+            algebra.extract(params, second, SITES, rules, **how)
+    huge = {**PARAMS, "up": np.full((5, 7), np.float32(3e38))}
+    with pytest.raises(ValueError, match=r"difference of 'up' is not finite"):
+        algebra.extract(huge, {**huge, "up": -huge["up"]}, SITES, UP)
+    with pytest.raises(TypeError, match=r"sites from jlora.sites.\n  got: dict as sites"):
+        algebra.extract(PARAMS, tuned, dict(SITES), UP)
+    with pytest.raises(ValueError, match=r"No parameter matches target 'upp'"):
+        algebra.extract(PARAMS, tuned, SITES, jlora.LoRA(rank=1, targets="upp"))
+
+
+# --- several devices, and numbers that are not real ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+def test_adapters_of_split_weights(mode):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(mode, mode))
+    split = NamedSharding(mesh, P("x", "y"))
+    params = {"w": jax.device_put(jnp.ones((6, 8)), split)}
+    rng = np.random.default_rng(0)
+    update = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32)
+    tuned = {"w": params["w"] + jax.device_put(update, split)}
+    with jax.set_mesh(mesh):
+        sites = jlora.sites(
+            lambda p, x: jnp.dot(x, p["w"], out_sharding=P() if mode == AxisType.Explicit else None),
+            params,
+            jnp.ones((2, 6)),
+        )
+        lora = algebra.extract(params, tuned, sites, jlora.LoRA(rank=3, targets="w"))
+        assert lora["w"].a.sharding.spec == P("x", None)
+        assert lora["w"].b.sharding.spec == P(None, "y")
+        expected = truncated(np.asarray(update, np.float64), 3)[0]
+        close(dense(lora["w"]), expected, 1e-4)
+        for tree, want in (
+            (algebra.resize(lora, 2), truncated(expected, 2)[0]),
+            (algebra.resize(lora, 5), expected),
+            (algebra.combine([lora, lora]), 2 * expected),
+            (algebra.combine([lora, lora], method="svd"), 2 * expected),
+            (algebra.combine([lora, lora], method="ties", density=1.0), expected),
+        ):
+            close(dense(tree["w"]), want, 1e-4)
+            assert tree["w"].a.sharding.is_equivalent_to(NamedSharding(mesh, P("x", None)), 2)
+            assert tree["w"].b.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "y")), 2)
+        close(algebra.norms(lora)["w"], np.linalg.norm(expected), 1e-4)
+        assert float(algebra.compare(lora, lora)["w"].cosine) == pytest.approx(1.0, rel=1e-5)
+        jitted = jax.jit(lambda lora: (algebra.resize(lora, 2), algebra.spectrum(lora)))(lora)
+        close(dense(jitted[0]["w"]), truncated(expected, 2)[0], 1e-4)
+
+
+def test_complex_factors():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape), jnp.complex64)
+
+    base = trained("dense")["w"].base
+    one, two = ({"w": jlora.LowRank(draw(5, 3), draw(3, 7), (0,), (1,), (), 0.5, 0.0, base)} for _ in range(2))
+    d, e = (0.5 * np.asarray(x["w"].a, np.complex128) @ np.asarray(x["w"].b, np.complex128) for x in (one, two))
+    np.testing.assert_allclose(algebra.spectrum(one)["w"], np.linalg.svd(d, compute_uv=False)[:3], rtol=1e-5)
+    u, s, vh = np.linalg.svd(d)
+    smaller = algebra.resize(one, 2)["w"]
+    np.testing.assert_allclose(smaller.delta(), (u[:, :2] * s[None, :2]) @ vh[:2], atol=1e-5)
+    np.testing.assert_allclose(algebra.combine([one, two], [1.0, -1.0])["w"].delta(), d - e, atol=1e-5)
+    found = algebra.compare(one, two)["w"]
+    cosine = np.vdot(d, e).real / np.linalg.norm(d) / np.linalg.norm(e)
+    assert float(found.cosine) == pytest.approx(cosine, abs=1e-5)
+    np.testing.assert_allclose(found.input_angles, np.sort(subspace_angles(d[:, :3], e[:, :3])), atol=1e-5)
+
+
+# --- transforms and cost ---------------------------------------------------------------------------------------------
+
+
+def measure(lora, weights):
+    joined = algebra.combine([lora, lora], weights)
+    small = algebra.combine([lora, lora], weights, method="svd")
+    resized = algebra.resize(lora, 1, report=True), algebra.resize(joined, 1), algebra.resize(lora, 3)
+    return joined, small, resized, algebra.spectrum(lora), algebra.norms(lora), algebra.compare(lora, joined)
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "heads_in"])
+def test_under_jit(name):
+    lora, weights = trained(name, rank=2), jnp.array([0.5, 2.0])
+    got, expected = jax.jit(measure)(lora, weights), measure(lora, weights)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    adapters = [jax.tree.leaves(x, is_leaf=lambda y: isinstance(y, jlora.LowRank)) for x in (got, expected)]
+    for x, y in zip(*adapters, strict=True):
+        if isinstance(x, jlora.LowRank):
+            close(dense(x), dense(y))
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3)  # angles of a space with itself
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "heads_in", "conv"])
+def test_no_dense_update_is_formed(name):
+    """No value as large as the leaf, in the programs of everything that promises it."""
+    lora = trained(name, rank=1)
+    text = str(jax.make_jaxpr(measure)(lora, jnp.array([0.5, 2.0])))
+    sizes = [int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert sizes
+    assert max(sizes) < np.prod(lora["w"].shape)

@@ -1,0 +1,439 @@
+"""PEFT adapters: files that the real PEFT made give its outputs here; what is saved here comes back; what is wrong is refused.
+
+The fixtures come from ``make_peft_fixtures.py``; ``test_peft_real.py`` goes the other way.
+"""
+
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_models import PORTS
+from safetensors.numpy import load_file, save_file
+
+import jlora
+import jlora.export
+import jlora.peft
+from jlora.peft import Weight, default_name
+
+FOLDER = Path(__file__).parent / "fixtures" / "peft"
+
+
+@pytest.fixture(autouse=True)
+def promotion(strict_promotion):
+    """The models are written as people write them."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@lru_cache
+def expected(kind):
+    found = load_file(FOLDER / kind / "expected.safetensors")
+    return {k: jnp.asarray(x.astype(np.int32) if x.dtype == np.int64 else x) for k, x in found.items()}
+
+
+def base_of(kind, port, x):
+    """Sites and parameters of a port, from the base that PEFT's adapter was made for."""
+    sites = jlora.sites(port.fn, port.struct(), x)
+    weights = FOLDER / kind / "base.safetensors"
+    return sites, jlora.export.load(weights, port.struct(), sites=sites, names=port.names)
+
+
+@pytest.mark.parametrize("kind", PORTS)
+def test_an_adapter_of_peft_gives_its_outputs(kind):
+    port, want = PORTS[kind](), expected(kind)
+    sites, params = base_of(kind, port, want["x"])
+    np.testing.assert_allclose(port.fn(params, want["x"]), want["before"], atol=1e-5)
+    lora = jlora.peft.load(FOLDER / kind, sites, names=port.names, params=params)
+    np.testing.assert_allclose(jlora.wrap(port.fn)(params, lora, want["x"]), want["after"], atol=1e-5)
+    np.testing.assert_allclose(port.fn(jlora.merge(params, lora), want["x"]), want["after"], atol=1e-5)
+    assert float(abs(want["after"] - want["before"]).max()) > 0.05
+
+
+# --- Names ---
+
+
+@pytest.mark.parametrize(
+    ("path", "batch", "name"),
+    [
+        ("params/model/layers/0/self_attn/q_proj/kernel", (), "model.layers.0.self_attn.q_proj.weight"),
+        ("params/model/layers_11/mlp/up/kernel", (), "model.layers.11.mlp.up.weight"),
+        ("params/h/mlp/kernel", (3,), "h.{}.mlp.weight"),
+        ("params/h/3/experts/up", (8,), "h.3.experts.up"),
+        ("transformer/wte/embedding", (), "transformer.wte.weight"),
+        ("norm/scale", None, "norm.weight"),
+        ("blocks/norm/bias", None, "blocks.{}.norm.bias"),
+        ("conv_1/kernel", (), "conv_1.weight"),
+    ],
+)
+def test_default_names(path, batch, name):
+    assert default_name(path, batch, ndim=2) == name
+
+
+def net(params, x):
+    return jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"] + params["down"]["bias"]
+
+
+PARAMS = {"up": {"kernel": jnp.ones((3, 5))}, "down": {"kernel": jnp.ones((5, 7)), "bias": jnp.zeros(7)}}
+SITES = jlora.sites(net, PARAMS, jnp.ones((2, 3)))
+
+
+def fresh(*rules):
+    lora = jlora.init(jax.random.key(0), PARAMS, SITES, rules or [jlora.LoRA(rank=2, alpha=3, targets=".*kernel")])
+    return jax.tree.map(lambda x: x + 1, lora)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    jlora.peft.save(tmp_path / "a", fresh())
+    return tmp_path / "a"
+
+
+def edit(folder, config=None, tensors=None):
+    """Changes a saved adapter: fields of its configuration, tensors by key (``None`` removes one)."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    if tensors is not None:
+        found = load_file(folder / "adapter_model.safetensors") | tensors
+        save_file({k: v for k, v in found.items() if v is not None}, folder / "adapter_model.safetensors")
+
+
+UP = "base_model.model.up.lora_A.weight"
+
+
+def test_what_is_saved_comes_back(saved):
+    for base in (SITES, PARAMS, jax.eval_shape(lambda: PARAMS)):
+        again = jlora.peft.load(saved, base)
+        assert list(again) == sorted(fresh())
+        for path, adapter in fresh().items():
+            np.testing.assert_allclose(again[path].delta(None), adapter.delta(None), rtol=1e-6)
+            assert again[path].scale == 1
+
+
+def test_a_loaded_adapter_is_like_one_that_was_made(saved):
+    made = jlora.init(jax.random.key(0), PARAMS, SITES, jlora.LoRA(rank=2, alpha=2, targets=".*kernel"))
+    assert jax.tree.structure(jlora.peft.load(saved, SITES)) == jax.tree.structure(made)
+
+
+def test_the_same_adapter_gives_the_same_bytes(saved, tmp_path):
+    jlora.peft.save(tmp_path / "b", dict(reversed(fresh().items())))
+    for file in saved.iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_portable_configuration_needs_nothing_else(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] == 2
+    assert config["target_modules"] == ["down", "up"]
+    assert not config["use_rslora"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+
+
+def test_factors_are_placed_as_the_base_is(saved):
+    mesh = jax.make_mesh((2,), ("model",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    lora = jlora.peft.load(saved, SITES, params=jax.device_put(PARAMS, spec))
+    assert lora["up/kernel"].a.sharding.mesh == mesh
+
+
+def test_lower_precision(saved, tmp_path):
+    jlora.peft.save(tmp_path / "b", fresh(), dtype=jnp.bfloat16)
+    assert str(load_file(tmp_path / "b" / "adapter_model.safetensors")[UP].dtype) == "bfloat16"
+    lora = jlora.peft.load(tmp_path / "b", SITES)
+    assert lora["up/kernel"].a.dtype == jnp.float32
+    assert jlora.peft.load(tmp_path / "b", SITES, dtype=jnp.bfloat16)["up/kernel"].a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(lora["up/kernel"].delta(None), fresh()["up/kernel"].delta(None), rtol=2e-2)
+
+
+def test_layers_of_a_stack_may_be_missing_if_the_file_says_so(tmp_path):
+    kind = "llama"
+    shutil.copytree(FOLDER / kind, tmp_path / "a")
+    gone = {k: None for k in load_file(tmp_path / "a" / "adapter_model.safetensors") if ".layers.1." in k}
+    port, want = PORTS[kind](), expected(kind)
+    sites, _ = base_of(kind, port, want["x"])
+    edit(tmp_path / "a", {}, gone)
+    with pytest.raises(ValueError, match=r"lacks factors for 7 weights: model\.layers\.1\.mlp\.down_proj"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names)
+    edit(tmp_path / "a", {"layers_to_transform": [0]})
+    lora = jlora.peft.load(tmp_path / "a", sites, names=port.names)
+    assert bool(lora["layers/q"].delta()[0].any())
+    assert not bool(lora["layers/q"].delta()[1].any())
+
+
+def test_without_its_base(saved):
+    lora, sites = jlora.peft.read(saved)
+    assert {path: x.shape for path, x in lora.items()} == {"down.weight": (7, 5), "up.weight": (5, 3)}
+    np.testing.assert_allclose(lora["up.weight"].delta().T, fresh()["up/kernel"].delta(), rtol=1e-6)
+    assert sites["up.weight"].inputs == (1,)
+
+
+@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens"}))
+def test_reading_and_saving_again_keeps_every_number(kind, tmp_path):
+    lora, sites = jlora.peft.read(FOLDER / kind)
+    jlora.peft.save(tmp_path / "a", lora, names=lambda path: path, sites=sites)
+    port, want = PORTS[kind](), expected(kind)
+    sites, params = base_of(kind, port, want["x"])
+    again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    np.testing.assert_allclose(jlora.wrap(port.fn)(params, again, want["x"]), want["after"], atol=1e-5)
+
+
+# --- What is refused ---
+
+CONFIG_ERRORS = [
+    ({"peft_type": "LOHA"}, "is of type LOHA; only LORA"),
+    ({"peft_type": ["LORA"]}, "only LORA can be read"),
+    ({"use_dora": True}, "use_dora: DoRA's magnitudes"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"layer_replication": [[0, 1]]}, "layers are repeated"),
+    ({"init_lora_weights": "pissa_niter_4"}, "changes the base before training"),
+    ({"init_lora_weights": "loftq"}, "changes the base before training"),
+    ({"brand_new_trick": {"beta": 2}}, "has brand_new_trick, which jlora does not know"),
+    ({"r": 0}, "r in .* must be a whole number"),
+    ({"r": True}, "r in .* must be a whole number"),
+    ({"r": 10**6}, "has rank 2 in its tensors and 1000000"),
+    ({"r": "2"}, "r in .* must be a whole number"),
+    ({"lora_alpha": 0}, "lora_alpha in .* must be a finite number above 0"),
+    ({"lora_alpha": float("nan")}, "lora_alpha in .* must be a finite number above 0"),
+    ({"lora_alpha": 10**400}, "lora_alpha in .* must be a finite number above 0"),
+    ({"lora_dropout": 1}, "lora_dropout in .* must be a rate"),
+    ({"use_rslora": "yes"}, "use_rslora in .* must be true or false"),
+    ({"alpha_pattern": [1]}, "alpha_pattern in .* must be an object"),
+    ({"alpha_pattern": {"up": -1}}, r"alpha_pattern\[up\] in .* above 0"),
+    ({"alpha_pattern": {"(x+x+)+y": 3}}, "patterns from a file are not run"),
+    ({"rank_pattern": {".*": 2}}, "patterns from a file are not run"),
+    ({"alpha_pattern": {"up": 2, "^up": 3}}, r"Several patterns of alpha_pattern match 'up', with values \[2, 3\]"),
+    ({"rank_pattern": {"up": 3}}, "'up' has rank 2 in its tensors and 3"),
+    ({"target_modules": [1]}, "target_modules in .* must be a list of names"),
+    ({"modules_to_save": "head"}, "modules_to_save in .* must be a list of names"),
+    ({"target_parameters": {}, "trainable_token_indices": [-1]}, "trainable_token_indices in .* must be ids of tokens"),
+    ({"trainable_token_indices": [1, 1]}, "must be ids of tokens, each once"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), CONFIG_ERRORS)
+def test_a_configuration_is_refused(saved, config, message):
+    edit(saved, config)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(saved, SITES)
+
+
+def test_patterns_match_as_in_peft(saved):
+    edit(saved, {"alpha_pattern": {"^down": 8, r"u\.p": 5, "xup": 5, "u.": 4}})
+    lora = jlora.peft.load(saved, SITES)
+    assert (lora["down/kernel"].scale, lora["up/kernel"].scale) == (4, 2)
+    edit(saved, {"alpha_pattern": {"p": 5}, "use_rslora": True})
+    assert jlora.peft.load(saved, SITES)["up/kernel"].scale == pytest.approx(2 / 2**0.5)
+
+
+A, B = np.ones((2, 3), np.float32), np.ones((5, 2), np.float32)
+TENSOR_ERRORS = [
+    ({UP: None}, "'base_model.model.up.lora_B.weight' has no lora_A"),
+    ({UP.replace("A", "B"): None}, "'base_model.model.up.lora_A.weight' has no lora_B"),
+    ({UP: np.ones((2, 4), np.float32)}, r"do not fit 'up/kernel' \(3, 5\).\n  got: \(2, 4\) and \(5, 2\); needed .*\(r, 3\) and \(5, r\)"),
+    ({UP: np.ones((3, 3), np.float32)}, r"do not fit 'up/kernel'"),
+    ({UP: A * np.nan}, f"'{UP}' is not finite"),
+    ({UP: np.ones((2, 3), np.int32)}, "holds I32; weights are BF16"),
+    (
+        {UP.replace("up", "upp"): A, "base_model.model.upp.lora_B.weight": B},
+        "2 tensors of the adapter are for nothing in the base: .*upp.*\n  nearest to the first: up",
+    ),
+    ({"up.lora_A.weight": A}, "does not begin with 'base_model.model.'"),
+    ({"base_model.model.up.lora_magnitude_vector": B[:, 0]}, "DoRA's magnitudes"),
+    ({"base_model.model.up.lora_C.weight": A}, "of a kind that jlora does not know"),
+    ({"base_model.model.down.weight": np.ones((7, 5), np.float32)}, "needs the value of 'down/kernel'"),
+    ({"base_model.model.../../etc/passwd": A}, "for nothing in the base"),
+    ({"base_model.model.up.lora_B.bias": np.ones(5, np.float32)}, "for nothing in the base"),
+    ({"base_model.model.down.lora_B.bias": np.ones(7, np.float32)}, "needs the value of 'down/bias'"),
+    ({"base_model.model.down.base_layer.bias": np.ones(5, np.float32)}, r"has shape \(5,\); 'down/bias' \(7,\) is \(7,\) there"),
+    ({"base_model.model.up.token_adapter.trainable_tokens_delta": A}, "needs the value of 'up/kernel'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "message"), TENSOR_ERRORS)
+def test_tensors_are_refused(saved, tensors, message):
+    edit(saved, {}, tensors)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(saved, SITES)
+
+
+def test_base_weights_in_the_file_must_be_the_base(saved):
+    edit(saved, {}, {"base_model.model.down.base_layer.weight": np.ones((7, 5), np.float32)})
+    assert set(jlora.peft.load(saved, SITES, params=PARAMS)) == {"down/kernel", "up/kernel"}
+    edit(saved, {}, {"base_model.model.down.base_layer.weight": np.full((7, 5), 2, np.float32)})
+    with pytest.raises(ValueError, match="is not what 'down/kernel' is in the base"):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+    edit(saved, {"modules_to_save": ["down"]})
+    with pytest.raises(ValueError, match="factors and whole values for the same leaf: down/kernel"):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+
+
+def test_trained_tokens_are_refused_where_they_do_not_fit(saved):
+    rows = {"base_model.model.up.token_adapter.trainable_tokens_delta": np.ones((3, 5), np.float32)}
+    config = {"trainable_token_indices": {"up": [1, 2]}, "target_modules": ["down"]}
+    edit(saved, config, rows | {UP: None, UP.replace("A", "B"): None})
+    with pytest.raises(ValueError, match=r"has shape \(3, 5\), for 2 trained tokens of 'up/kernel'"):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+
+
+def test_a_tied_table_that_was_adapted_apart_is_refused(tmp_path):
+    port, want = PORTS["llama_tied"](), expected("llama_tied")
+    sites, params = base_of("llama_tied", port, want["x"])
+    shutil.copytree(FOLDER / "llama_tied", tmp_path / "a")
+    head = "base_model.model.lm_head.lora_B.weight"
+    edit(tmp_path / "a", {}, {head: load_file(tmp_path / "a" / "adapter_model.safetensors")[head] + 1})
+    with pytest.raises(ValueError, match="'embed' is one leaf here, but its 2 weights in PyTorch were adapted apart"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    edit(tmp_path / "a", {}, {head: None, head.replace("lora_B", "lora_A"): None})
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: lm_head.weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+
+
+def test_experts_that_nothing_names_are_refused(tmp_path):
+    port, want = PORTS["experts"](), expected("experts")
+    sites, params = base_of("experts", port, want["x"])
+    with pytest.raises(ValueError, match=r"Say in names which the module registers first"):
+        jlora.peft.load(FOLDER / "experts", sites, params=params)
+    with pytest.raises(ValueError, match="the file does not name them"):
+        jlora.peft.read(FOLDER / "experts")
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="experts/.*"))
+    with pytest.raises(ValueError, match="PEFT's keys do not name them"):
+        jlora.peft.save(tmp_path / "a", lora)
+
+
+def square(params, x):
+    return jnp.einsum("etd,edh->eth", x, params["experts"])
+
+
+@pytest.mark.parametrize(
+    ("version", "layout", "across"),
+    [("0.19.0", "out_in", False), ("0.18.1", "out_in", True), ("0.18.1", "in_out", False), ("0.21.2", "in_out", False)],
+)
+def test_square_experts_by_version(tmp_path, version, layout, across):
+    params = {"experts": jnp.ones((3, 4, 4))}
+    sites = jlora.sites(square, params, jnp.ones((3, 2, 4)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="experts"))
+    lora = jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), lora)
+    names = {"experts": Weight("mlp.experts", layout)}
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    edit(tmp_path / "a", {"peft_version": version})
+    found, wanted = jlora.peft.load(tmp_path / "a", sites, names=names)["experts"].delta(), lora["experts"].delta()
+    np.testing.assert_allclose(found, wanted.swapaxes(1, 2) if across else wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"'experts' is square.*\n.*layout='out_in'"):
+        jlora.peft.load(tmp_path / "a", sites, names={"experts": "mlp.experts"})
+
+
+NAMES_ERRORS = [
+    ({"upp/kernel": "up.weight"}, ValueError, "No leaf has the path 'upp/kernel' of names.\n  nearest: up/kernel"),
+    ({"up/kernel": "down.weight"}, ValueError, "'down.weight' is the name of 'down/kernel' and 'up/kernel'"),
+    ({"up/kernel": "layers.{}.up.weight"}, ValueError, "has 1 indices, but 'up/kernel' .* has 0 batch axes"),
+    ({"(": "x"}, ValueError, "is not a regular expression"),
+    ({"up/kernel": 3}, TypeError, "must be a string, a Weight, or several"),
+    (["up/kernel"], TypeError, "names must be a dict"),
+    ({"up/kernel": "up/weight"}, ValueError, "keys joined by dots"),
+]
+
+
+@pytest.mark.parametrize(("names", "error", "message"), NAMES_ERRORS)
+def test_names_are_refused(saved, tmp_path, names, error, message):
+    with pytest.raises(error, match=message):
+        jlora.peft.load(saved, SITES, names=names)
+    with pytest.raises(error, match=message):
+        jlora.peft.save(tmp_path / "b", fresh(), names=names)
+    assert not (tmp_path / "b").exists()
+
+
+def test_bad_weights():
+    with pytest.raises(ValueError, match=r"layout=.* must be 'out_in' or 'in_out'"):
+        Weight("a.weight", layout="oi")
+
+
+def test_parameters_alone_tell_only_plain_kernels(tmp_path):
+    def fn(params, ids):
+        return params["embedding"][ids] @ params["kernel"]
+
+    params = {"embedding": jnp.ones((11, 3)), "kernel": jnp.ones((3, 5))}
+    sites = jlora.sites(fn, params, jnp.arange(4))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="embedding"))
+    jlora.peft.save(tmp_path / "a", lora, names={"embedding": "embed.weight", "kernel": "head.weight"})
+    with pytest.raises(ValueError, match=r"parameters alone do not tell its axes: pass jlora.sites"):
+        jlora.peft.load(tmp_path / "a", params, names={"embedding": "embed.weight", "kernel": "head.weight"})
+
+
+def test_arguments_in_another_order(saved):
+    with pytest.raises(ValueError, match=r"load\(folder, sites\)"):
+        jlora.peft.load(saved, {})
+    with pytest.raises(TypeError, match="A folder is given by its path"):
+        jlora.peft.load(SITES, saved)
+    with pytest.raises(ValueError, match="The sites were found for other parameters"):
+        jlora.peft.load(saved, SITES, params={"up": PARAMS["up"]})
+
+
+def test_saving_is_refused(tmp_path, saved):
+    with pytest.raises(FileExistsError, match="already a PEFT adapter"):
+        jlora.peft.save(saved, fresh())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="is not a PEFT adapter: it is left alone"):
+        jlora.peft.save(tmp_path / "other", fresh(), overwrite=True)
+    (tmp_path / "link").symlink_to(saved)
+    with pytest.raises(FileExistsError, match="left alone"):
+        jlora.peft.save(tmp_path / "link", fresh(), overwrite=True)
+    before = (saved / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is not finite"):
+        jlora.peft.save(saved, jax.tree.map(lambda x: x * jnp.nan, fresh()), overwrite=True)
+    assert (saved / "adapter_model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    jlora.peft.save(saved, jax.tree.map(lambda x: 2 * x, fresh()), overwrite=True)
+    assert (saved / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_leaves_without_a_place_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="There are no factors in this adapter"):
+        jlora.peft.save(tmp_path / "a", fresh(jlora.Full(targets="down/bias")))
+    lora = fresh(jlora.Full(targets="down/kernel"), jlora.LoRA(rank=2, targets="up/kernel"))
+    with pytest.raises(ValueError, match=r"'down/kernel' .* trained outright, are not part of the adapter"):
+        jlora.peft.save(tmp_path / "a", lora)
+    with pytest.raises(ValueError, match="PEFT saves the module 'down' whole, and 'down/bias' was not trained"):
+        jlora.peft.save(tmp_path / "a", lora, sites=SITES)
+    other = jlora.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="made for another base than sites"):
+        jlora.peft.save(tmp_path / "a", lora, sites=other)
+    alien = jlora.init(jax.random.key(0), {"w": jnp.ones((3, 5))}, other, jlora.LoRA(rank=2, targets="w"))
+    with pytest.raises(ValueError, match="made for 2 different bases"):
+        jlora.peft.save(tmp_path / "a", fresh() | alien)
+    old = {"up/kernel": jlora.LowRank(**{**vars(fresh()["up/kernel"]), "use": ""})}
+    with pytest.raises(ValueError, match="How the model uses 'up/kernel' is not part of this adapter"):
+        jlora.peft.save(tmp_path / "a", old)
+    jlora.peft.save(tmp_path / "a", old, sites=SITES)
+
+
+def test_a_grouped_convolution_is_refused(tmp_path):
+    def fn(params, x):
+        names = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, params["kernel"], [1], "VALID", dimension_numbers=names, feature_group_count=2)  # fmt: skip
+
+    params = {"kernel": jnp.ones((3, 2, 6))}
+    sites = jlora.sites(fn, params, jnp.ones((1, 5, 4)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="kernel"))
+    with pytest.raises(ValueError, match="a convolution in 2 groups"):
+        jlora.peft.save(tmp_path / "a", lora, names={"kernel": "conv.weight"})
+
+
+def test_a_tied_table_needs_both_names(tmp_path):
+    def fn(params, ids):
+        return params["embed"][ids] @ params["embed"].T
+
+    params = {"embed": jnp.ones((11, 3))}
+    sites = jlora.sites(fn, params, jnp.arange(4))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="embed"))
+    with pytest.raises(ValueError, match=r"Name both: names=\{'embed': \('embed', 'lm_head.weight'\)\}"):
+        jlora.peft.save(tmp_path / "a", lora)
+
+
+def test_rows_that_are_no_heads_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="5 rows are no 4 heads of rotary pairs"):
+        jlora.peft.save(tmp_path / "a", fresh(), names={"up/kernel": Weight("up.weight", rotary_heads=4)})

@@ -1,0 +1,132 @@
+"""Adapters made here, in the real PEFT: its outputs are ours. Needs torch, peft and transformers, which only CI installs for this."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_models import PORTS, llama
+from test_peft import FOLDER, base_of, expected
+from test_peft import promotion as promotion
+
+import jlora
+import jlora.export
+import jlora.peft
+
+MISSING = [name for name in ("torch", "peft", "transformers") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.filterwarnings("ignore"),  # torch's and PEFT's own
+]
+
+ATTENTION = "layers/[qkvo]"
+
+
+def adapters(port, sites, params, rules, seed=7):
+    lora = jlora.init(jax.random.key(seed), params, sites, rules)
+    leaves, tree = jax.tree.flatten(lora)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [x + jax.random.normal(k, x.shape) / 4 for k, x in zip(keys, leaves, strict=True)])
+
+
+CASES = {
+    "llama": [jlora.LoRA(rank=3, alpha=7)],
+    "llama, ranks and scales that differ": (
+        "llama",
+        [jlora.LoRA(rank=4, alpha=3, rslora=True, targets=ATTENTION), jlora.LoRA(rank=2, alpha=9, dropout=0.1)],
+    ),
+    "llama_embedding": [jlora.LoRA(rank=3, targets=["embed", "head", "layers/q"])],
+    "llama_tied": [jlora.LoRA(rank=3, targets=["embed", "layers/v"])],
+    "llama, whole leaves": (
+        "llama",
+        [jlora.Full(targets=["head", "layers/norm_1", "norm"]), jlora.LoRA(rank=2, targets=ATTENTION)],
+    ),
+    "gpt2": [jlora.LoRA(rank=3, alpha=5, targets=".*/c_.*/kernel")],
+    "gpt2, biases": (
+        "gpt2",
+        [jlora.Full(targets=".*/c_attn/bias"), jlora.LoRA(rank=3, alpha=5, targets=".*/c_attn/kernel")],
+    ),
+    "gpt2, all biases": (
+        "gpt2",
+        [jlora.Full(targets=".*/bias"), jlora.LoRA(rank=3, alpha=5, targets=".*/c_attn/kernel")],
+    ),
+    "bert": [jlora.Full(targets=".*/classifier/.*"), jlora.LoRA(rank=3, targets=".*/(query|value|dense)/kernel")],
+    "bert, half of a module": (
+        "bert",
+        [jlora.Full(targets=".*/classifier/kernel"), jlora.LoRA(rank=3, targets=".*/(query|value)/kernel")],
+    ),
+    "vision": [jlora.LoRA(rank=3, alpha=5)],
+    "vision, head": ("vision", [jlora.LoRA(rank=2), jlora.LoRA(rank=3, targets=["head/kernel"])]),
+    "experts": [jlora.LoRA(rank=2, alpha=5, targets="experts/.*"), jlora.LoRA(rank=3, targets="head/kernel")],
+    "experts alone": ("experts", [jlora.LoRA(rank=2, alpha=5, targets="experts/.*")]),
+}
+
+
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_peft_computes_what_we_compute(name, portable, tmp_path):
+    kind, rules = (name, CASES[name]) if isinstance(CASES[name], list) else CASES[name]
+    port, x = PORTS[kind](), expected(kind)["x"]
+    sites, params = base_of(kind, port, x)
+    lora = adapters(port, sites, params, rules)
+    jlora.peft.save(tmp_path / "a", lora, names=port.names, sites=sites, params=params, portable=portable)
+    ours = jlora.wrap(port.fn)(params, lora, x)
+    assert float(abs(ours - port.fn(params, x)).max()) > 0.05
+    np.testing.assert_allclose(in_peft(kind, x, tmp_path / "a"), ours, atol=1e-5)
+    again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    np.testing.assert_allclose(jlora.wrap(port.fn)(params, again, x), ours, atol=1e-5)
+
+
+def test_rows_of_rotary_pairs_are_exchanged(tmp_path):
+    port, x = llama(pairs=True), expected("llama")["x"]
+    sites, params = base_of("llama", port, x)
+    np.testing.assert_allclose(port.fn(params, x), expected("llama")["before"], atol=1e-5)
+    lora = adapters(port, sites, params, [jlora.LoRA(rank=3, targets=ATTENTION)])
+    jlora.peft.save(tmp_path / "a", lora, names=port.names)
+    np.testing.assert_allclose(in_peft("llama", x, tmp_path / "a"), jlora.wrap(port.fn)(params, lora, x), atol=1e-5)
+
+
+def test_a_merged_export_is_the_model_of_transformers(tmp_path):
+    import transformers
+
+    port, x = PORTS["llama"](), expected("llama")["x"]
+    sites, params = base_of("llama", port, x)
+    lora = adapters(port, sites, params, [jlora.LoRA(rank=3)])
+    config = torch_base("llama").config.to_dict()
+    jlora.export.save(tmp_path / "m", params, lora, sites=sites, names=port.names, config=config, shard_bytes=4000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    import torch
+
+    with torch.no_grad():
+        theirs = model(torch.as_tensor(np.array(x))).logits.numpy()
+    np.testing.assert_allclose(theirs, port.fn(jlora.merge(params, lora), x), atol=1e-5)
+
+
+def torch_base(kind):
+    import make_peft_fixtures as make
+    import torch
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    model = make.CASES[kind][0]().eval()
+    weights = load_file(FOLDER / kind / "base.safetensors")
+    lacking, unknown = model.load_state_dict(weights, strict=False)
+    assert set(lacking) <= {"lm_head.weight"}
+    assert not unknown
+    if lacking:
+        model.tie_weights()
+    return model
+
+
+def in_peft(kind, x, folder):
+    import make_peft_fixtures as make
+    import torch
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(torch_base(kind), folder).eval()
+    unused = [n for n, p in model.named_parameters() if "lora_" in n and not bool(p.any())]
+    with torch.no_grad():
+        out = make.outputs(model, torch.as_tensor(np.array(x)))
+    assert not unused, unused  # PEFT only warns of what a file does not have
+    return jnp.asarray(out.numpy())

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from jlora._adapters import Adapter as Adapter
 from jlora._adapters import FullWeight as FullWeight
 from jlora._adapters import LowRank as LowRank
-from jlora._checkpoint import describe as describe
 from jlora._checkpoint import load as load
 from jlora._checkpoint import metadata as metadata
-from jlora._checkpoint import restore_target as restore_target
 from jlora._checkpoint import save as save
+from jlora._describe import describe as describe
+from jlora._describe import restore_target as restore_target
 from jlora._init import init as init
 from jlora._interpret import DenseWeightError as DenseWeightError
 from jlora._merge import delta as delta

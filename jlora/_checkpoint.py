@@ -12,7 +12,6 @@ So a save that fails or is killed leaves the last good adapter as it was, and wh
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
@@ -24,91 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _hosts, _paths
-from jlora._adapters import KINDS, Adapter, Fingerprint, LowRank, fingerprint
-from jlora._sharding import followed
-from jlora._wrap import check_base, check_lora
+from jlora import _hosts
+from jlora._adapters import Adapter
+from jlora._describe import describe, restore_target
 
-FORMAT = 1
 _JSON = "adapter.json"
-
-
-def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
-    """What an adapter's arrays mean, as a dict for JSON: format, version, rules leaf by leaf, fingerprint of the base, ``meta``.
-
-    Put it beside the arrays in a checkpoint of your own (``orbax.checkpoint.args.JsonSave``); ``restore_target`` reads it back.
-
-    Args:
-        lora: Adapters by path.
-        **meta: Anything JSON can hold.
-
-    Raises:
-        TypeError: something in ``meta`` is not JSON.
-        ValueError: the adapters were made for different bases.
-    """
-    from jlora import __version__
-
-    check_lora(lora)
-    bases = {adapter.base for adapter in lora.values()}
-    if len(bases) != 1:
-        raise ValueError(f"These adapters were made for {len(bases)} different bases: save them apart.")
-    try:
-        meta = json.loads(json.dumps(meta, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"The metadata must be JSON (strings, finite numbers, lists, dicts): {error}.") from None
-    for adapter in lora.values():
-        _ = adapter.shape  # raises for a stack of adapters, which load could not read
-    (base,) = bases
-    return {
-        "format": FORMAT,
-        "jlora": __version__,
-        "adapters": {path: _entry(adapter) for path, adapter in sorted(lora.items())},
-        "base": [[path, list(shape), dtype] for path, shape, dtype in base.leaves],
-        "meta": meta,
-    }
-
-
-def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[str, Adapter]:
-    """The adapter that ``describe`` described, with ``jax.ShapeDtypeStruct``s for arrays: the target to restore into.
-
-    Args:
-        description: What ``describe`` returned.
-        params: The base, or ``jax.ShapeDtypeStruct``s of it: checked against the fingerprint; the factors get the shardings it implies.
-
-    Raises:
-        ValueError: the description is damaged or of a newer format; ``params`` is another base (the first difference is named).
-    """
-    try:
-        if description["format"] != FORMAT:
-            raise ValueError(
-                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
-            )
-        base = Fingerprint(description["base"])
-        lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
-        shapes = {path: shape for path, shape, _ in base.leaves}
-        for path, adapter in lora.items():
-            _check_entry(path, adapter, shapes)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {error}.") from None
-    if not lora:
-        raise ValueError("The description of the adapter is damaged: it names no leaf.")
-    if params is None:
-        return lora
-    paths, leaves, _ = _paths.flatten(params)
-    difference = base.difference(fingerprint(paths, leaves))
-    if difference:
-        raise ValueError(
-            f"The adapter was made for another base: {difference}.\n"
-            "  Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them."
-        )
-    check_base(lora, paths, leaves)
-    where = followed(lora, params)
-    return {
-        path: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), adapter, where[path])
-        if path in where
-        else adapter
-        for path, adapter in lora.items()
-    }
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -263,68 +182,6 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} holds {type(description).__name__}, not an object.\n  It is damaged or was not written by jlora."
         )
     return description
-
-
-def _entry(adapter: Adapter) -> dict[str, Any]:
-    if type(adapter) not in KINDS.values():
-        raise TypeError(
-            f"jlora can only save {', '.join(KINDS)} adapters.\n  got: {type(adapter).__name__}; keep it with orbax itself"
-        )
-    arrays = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in adapter.arrays().items()}
-    entry: dict[str, Any] = {"kind": adapter.kind, "arrays": arrays}
-    if isinstance(adapter, LowRank):
-        # The rule that makes this leaf again: alpha = scale * rank, whatever pattern or scaling chose it.
-        rule = {
-            "rank": adapter.rank,
-            "alpha": adapter.scale * adapter.rank,
-            "scale": adapter.scale,
-            "dropout": adapter.dropout,
-        }
-        entry |= rule | {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
-        entry |= {"use": adapter.use, "window": adapter.window, "groups": adapter.groups}
-    return entry
-
-
-def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
-    if entry["kind"] not in KINDS:
-        raise ValueError(
-            f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}."
-        )
-    kind = KINDS[entry["kind"]]
-    arrays = {
-        name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()
-    }
-    static: dict[str, Any] = {"base": base}
-    if kind is LowRank:
-        static |= {name: tuple(int(d) for d in entry[name]) for name in ("inputs", "outputs", "batch")}
-        static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
-        # Adapters saved by 0.1 before these were kept do not have them.
-        static |= {"use": str(entry.get("use", "")), "groups": int(entry.get("groups", 1))}
-        static["window"] = tuple(int(d) for d in entry.get("window", ()))
-        if not (math.isfinite(static["scale"]) and static["scale"] > 0):
-            raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
-        if not 0 <= static["dropout"] < 1:
-            raise ValueError(f"The description of the adapter is damaged: dropout is {static['dropout']}.")
-    return kind(**arrays, **static)
-
-
-def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises unless an adapter that was read fits the leaf it says it is for."""
-    if path not in shapes:
-        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{path}'.")
-    groups = (adapter.batch, adapter.inputs, adapter.outputs) if isinstance(adapter, LowRank) else ()
-    axes = sorted(d for group in groups for d in group)
-    if groups and axes != list(range(len(shapes[path]))):
-        raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
-    if isinstance(adapter, LowRank) and not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 1):
-        raise ValueError(
-            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, groups {adapter.groups}."
-        )
-    floats = all(np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" for x in adapter.arrays().values())
-    ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}
-    if adapter.shape != shapes[path] or not floats or len(ranks) != 1:
-        found = {name: f"{x.shape} {x.dtype}" for name, x in adapter.arrays().items()}
-        raise ValueError(f"The description of the adapter is damaged: '{path}' {shapes[path]} has {found}.")
 
 
 def _key(index: int) -> str:

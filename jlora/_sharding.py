@@ -128,7 +128,7 @@ def _named(path: str, sharding: Any, mesh: Mesh | None, rules: Any) -> Any:
         from flax import linen as nn  # here, so that `import jlora` stays quick
 
         known = {name for name, _ in rules}
-        logical = nn.logical_to_mesh_axes(tuple(sharding), rules)
+        logical: Any = nn.logical_to_mesh_axes(tuple(sharding), rules)
         # What rules do not have is whole, as Flax has it; but the axes of a mesh are what they are.
         axes = set() if mesh is None else set(mesh.axis_names)
         mine = [bool(names_of(axis)) and set(names_of(axis)) <= axes - known for axis in sharding]

@@ -263,7 +263,7 @@ def effective_rank(values: jax.Array) -> jax.Array:
     total = jnp.sum(values, axis=-1, keepdims=True)
     p = values / jnp.where(total > 0, total, jnp.ones_like(total))
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, jnp.ones_like(p))), axis=-1)
-    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), jnp.zeros_like(entropy))
+    return jnp.where(total[..., 0] == 0, jnp.zeros_like(entropy), jnp.exp(entropy))  # NaN stays NaN
 
 
 def norms(lora: Lora, params: Any = None) -> dict[str, jax.Array]:

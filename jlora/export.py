@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files, _hosts, _jax, _layouts, _paths
-from jlora._adapters import Adapter, fingerprint
+from jlora._adapters import Adapter, LowRank, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
 from jlora._init import as_key, fold_path
@@ -239,24 +239,32 @@ class _Export:
         return x.reshape(-1).view(np.uint8).data  # type: ignore[return-value]
 
     def _merged(self, path: str, dtype: np.dtype) -> np.ndarray:
-        leaf = self.params[path]
-        if path not in self.lora and leaf.dtype == dtype:
-            return np.asarray(leaf)
-        w = jnp.asarray(leaf)
+        """A leaf with its adapter folded in. Host arrays, and no more of them at once than the update and the sum."""
+        w = np.asarray(self.params[path])
         if path not in self.lora:
-            return np.asarray(self._round(path, w, dtype))
-        update = self.lora[path].delta(w)
-        wide = _jax.promote(w.dtype, update.dtype)
-        stored = self._round(path, w.astype(wide) + update.astype(wide), dtype)
-        size = jnp.linalg.norm(update)
-        lost = jnp.linalg.norm(stored.astype(wide) - w.astype(wide) - update)
-        self.lost[path] = float(lost / size) if float(size) > 0 else 0.0
-        return np.asarray(stored)
+            return w if w.dtype == dtype else self._round(path, w, dtype)
+        adapter = self.lora[path]
+        update = np.asarray(adapter.delta(None if isinstance(adapter, LowRank) else jnp.asarray(w)))
+        wide = np.dtype(_jax.promote(w.dtype, update.dtype))
+        total = w.astype(wide, copy=False) + update.astype(wide, copy=False)
+        stored = self._round(path, total, dtype)
+        self.lost[path] = _lost(stored, w, update, wide)
+        return stored
 
-    def _round(self, path: str, x: jax.Array, dtype: np.dtype) -> jax.Array:
+    def _round(self, path: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if self.key is None or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
-            return x.astype(dtype)
-        return stochastic_round(fold_path(self.key, path), x, dtype)
+            return x.astype(dtype, copy=False)
+        return np.asarray(stochastic_round(fold_path(self.key, path), jnp.asarray(x), dtype))
+
+
+def _lost(stored: np.ndarray, w: np.ndarray, update: np.ndarray, wide: np.dtype) -> float:
+    """The relative error of an update as it is stored; row by row, so that nothing of the leaf's size is made."""
+    error = size = 0.0
+    rows = (stored, w, update) if w.ndim > 1 else (x.reshape(1, -1) for x in (stored, w, update))
+    for s, x, u in zip(*rows, strict=True):
+        off = s.astype(wide) - x.astype(wide) - u.astype(wide)
+        error, size = error + float(np.vdot(off, off)), size + float(np.vdot(u, u))
+    return (error / size) ** 0.5 if size > 0 else 0.0
 
 
 def stochastic_round(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Peak memory of writing a merged model, over what the base itself takes.
+
+    python -m benchmarks.export_memory [--quick] [--out export_memory.json]
+
+Three ways, each in a process of its own, from a base in host memory: ``jlora.export.save``, leaf by leaf; ``jlora.merge`` and
+safetensors; ``jlora.merge`` and orbax. What is counted is the system's own figure of the resident set.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import measure
+
+WAYS = ("jlora.export.save", "merge, then safetensors", "merge, then orbax")
+HEADER = ["way", "base, MB", "one leaf, MB", "peak over the base, MB"]
+
+CODE = """
+import resource, sys
+import jax, jax.numpy as jnp, numpy as np
+import jlora, jlora.export
+way, width, leaves, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+
+def fn(p, x):
+    for w in p.values():
+        x = x @ w
+    return x
+
+def write(way, params, folder):
+    sites = jlora.sites(fn, params, jax.ShapeDtypeStruct((1, params["w00"].shape[0]), jnp.float32))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=8, targets="w.*"))
+    if way == "jlora.export.save":
+        jlora.export.save(folder, params, lora, sites=sites)
+        return
+    merged = jlora.merge(params, lora)
+    if way.endswith("orbax"):
+        import orbax.checkpoint as ocp
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, merged)
+    else:
+        from safetensors.numpy import save_file
+        save_file({k: np.asarray(x) for k, x in merged.items()}, folder)
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+write(way, {"w00": np.ones((64, 64), np.float32)}, folder + "-small")  # what is loaded and compiled once
+params = {f"w{i:02d}": np.full((width, width), 1 / width, np.float32) for i in range(leaves)}
+before = peak()
+write(way, params, folder)
+print(peak() - before)
+"""
+
+
+def run(width: int, leaves: int) -> list[dict]:
+    """One row for each way."""
+    found = []
+    for way in WAYS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", CODE, way, str(width), str(leaves), f"{folder}/model"]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found.append({"way": way, "base": 4 * leaves * width**2, "leaf": 4 * width**2, "peak": int(out)})
+    return found
+
+
+def rows(result: dict) -> list[list[str]]:
+    """The table of a result."""
+    return [[r["way"], *(f"{r[k] / 1e6:,.0f}" for k in ("base", "leaf", "peak"))] for r in result["ways"]]
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a base of 67 MB")
+    parser.add_argument("--out", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    result = {"ways": run(*((1024, 16) if args.quick else (5600, 16))), "environment": measure.environment()}
+    print(measure.table(HEADER, rows(result)))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

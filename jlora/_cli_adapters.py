@@ -1,0 +1,229 @@
+"""Adapters as the command line knows them: folders of jlora's own format or of PEFT's, opened, brought together and written."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from jlora import _files, _peft_config, peft
+from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
+from jlora._cli_show import Refusal
+from jlora._peft_read import TENSORS, open_tensors, part_of
+from jlora._sites import Site, Sites
+
+Format = Literal["orbax", "peft"]
+JSON = "adapter.json"
+MARKS: Mapping[str, tuple[str, ...]] = {
+    "orbax": (JSON,),
+    "peft": (_peft_config.FILE,),
+    "safetensors": ("model.safetensors", "model.safetensors.index.json"),
+    "checkpoint": ("_METADATA", "_CHECKPOINT_METADATA"),
+}
+"""Of each kind of folder, files that one of it has."""
+WORDS = {"orbax": "an adapter", "peft": "a PEFT adapter", "safetensors": "a model", "checkpoint": "a checkpoint"}
+ABOUT = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+
+
+class Opened(NamedTuple):
+    """An adapter that was read.
+
+    Attributes:
+        path: Its folder.
+        format: Of the folder.
+        lora: Adapters by path; of a PEFT adapter by PyTorch's names.
+        sites: What a PEFT adapter tells of its base, ``None`` for jlora's own, which has it in its adapters.
+        about: What the folder says beside: the metadata of jlora's, some of the configuration of PEFT's.
+        version: Of what wrote it.
+    """
+
+    path: Path
+    format: Format
+    lora: dict[str, Adapter]
+    sites: Sites | None
+    about: dict[str, Any]
+    version: str
+
+
+def format_of(path: Path) -> Format:
+    """Which kind of adapter there is at ``path``."""
+    if not path.is_dir():
+        raise Refusal(f"There is no adapter at {path}: {'it is no folder' if path.exists() else 'nothing is there'}.")
+    if (path / JSON).exists():
+        return "orbax"
+    if (path / _peft_config.FILE).exists() or (path / TENSORS).exists():
+        return "peft"
+    what = next((WORDS[kind] for kind in ("safetensors", "checkpoint") if _has(path, kind)), "")
+    raise Refusal(
+        f"There is no adapter at {path}: neither {JSON} (jlora) nor {_peft_config.FILE} (PEFT) is there."
+        + (f"\n  It is {what}; an adapter is only what was trained beside one." if what else "")
+    )
+
+
+def _has(path: Path, kind: str) -> bool:
+    return any((path / mark).exists() for mark in MARKS[kind])
+
+
+def open_adapter(path: Path) -> Opened:
+    """Reads an adapter of either format, all of it checked."""
+    path = _files.folder(path)
+    if format_of(path) == "peft":
+        lora, sites = peft.read(path)
+        config = _files.read_json(path / _peft_config.FILE)
+        about = {name: config[name] for name in ABOUT if isinstance(config.get(name), str)}
+        return Opened(path, "peft", lora, sites, about, f"PEFT {about.get('peft_version', '')}".strip())
+    description = jlora.metadata(path)
+    meta = description.get("meta")
+    about = dict(meta) if isinstance(meta, dict) else {}
+    return Opened(path, "orbax", jlora.load(path), None, about, f"jlora {_files.shown(description.get('jlora', ''))}")
+
+
+def open_several(paths: Sequence[Path]) -> list[Opened]:
+    """Reads adapters of one format for one base. What PEFT's tell of it is joined, since each tells only what it adapts."""
+    found = [open_adapter(path) for path in paths]
+    if len({x.format for x in found}) > 1:
+        kinds = ", ".join(f"{x.path.name} is {x.format}" for x in found)
+        raise Refusal(f"All adapters must be of one format: {kinds}.\n  jlora convert makes one of the other.")
+    if found[0].format == "orbax":
+        return found
+    leaves: dict[str, tuple[Site, Path]] = {}
+    for x in found:
+        assert x.sites is not None
+        for path, site in {**x.sites, **x.sites.skipped}.items():
+            before, where = leaves.setdefault(path, (site, x.path))
+            if before.shape != site.shape or (before.kind, before.inputs) != (site.kind, site.inputs):
+                raise Refusal(
+                    f"The adapters do not fit together: '{_files.shown(path)}' is {before.shape} {before.kind} in {where} "
+                    f"and {site.shape} {site.kind} in {x.path}."
+                )
+    ordered = [leaves[path][0] for path in sorted(leaves)]
+    base = Fingerprint((s.path, s.shape, s.dtype) for s in ordered)
+    sites = Sites(ordered, base)
+    return [x._replace(sites=sites, lora={p: changed(a, base=base) for p, a in x.lora.items()}) for x in found]
+
+
+class Writing(NamedTuple):
+    """How an adapter is to be written."""
+
+    force: bool = False
+    dtype: str | None = None
+    rank_pattern: bool = False
+    base_model: str | None = None
+    task_type: str | None = None
+
+
+def write(out: Path, like: Opened, how: Writing) -> None:
+    """Writes ``like.lora`` in its format, complete or not at all."""
+    if like.format == "peft":
+        peft.save(
+            out,
+            like.lora,
+            names=lambda path: path,
+            sites=like.sites,
+            base_model=how.base_model or like.about.get("base_model_name_or_path"),
+            task_type=how.task_type or like.about.get("task_type"),
+            dtype=how.dtype,
+            portable=not how.rank_pattern,
+            overwrite=how.force,
+        )
+        return
+    lora = like.lora if how.dtype is None else {p: _cast(x, how.dtype) for p, x in like.lora.items()}
+    with new_folder(out, "orbax", how.force) as part:
+        jlora.save(part, lora, **like.about)
+
+
+def changed(x: Adapter, **fields: Any) -> Adapter:
+    """``x`` with other fields: adapters are dataclasses."""
+    return replace(x, **fields)  # type: ignore[type-var]
+
+
+def _cast(x: Adapter, dtype: str) -> Adapter:
+    return changed(x, **{name: array.astype(dtype) for name, array in x.arrays().items()})
+
+
+@contextmanager
+def new_folder(out: Path, kind: str, force: bool) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes it when the block ends well."""
+    with _files.new_folder(out, overwrite=force, marks=MARKS[kind], what=WORDS[kind]) as part:
+        yield part
+
+
+def free(out: Path, kind: str, force: bool, inputs: Sequence[Path]) -> Path:
+    """``out``, if something of this kind may be written there: before the work begins."""
+    out = _files.folder(out)
+    for path in inputs:
+        if _files.folder(path).resolve().is_relative_to(out.resolve()):
+            raise Refusal(f"{path} would be replaced while it is read.\n  Choose another name than {out}.")
+    _files.check_free(out, overwrite=True, marks=MARKS[kind], what=WORDS[kind])
+    if not force and out.exists() and any(out.iterdir()):
+        raise Refusal(f"There is already {WORDS[kind]} at {out}.\n  Choose another name, or replace it with --force.")
+    return out
+
+
+# --- What convert has to know ------------------------------------------------------------------------------------------
+
+
+def names_of(file: Path | None) -> dict[str, Any] | None:
+    """The table of names in a JSON file, as ``jlora.peft.load`` takes it."""
+    if file is None:
+        return None
+    return {path: _named(file, path, value) for path, value in _files.read_json(file).items()}
+
+
+def _named(file: Path, path: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return peft.Weight(value)
+    if isinstance(value, list):
+        return [_named(file, path, x) for x in value]
+    wanted: dict[str, tuple[type, ...]] = {"name": (str,), "layout": (str,), "rotary_heads": (int,), "nesting": (int,)}
+    ok = isinstance(value, dict) and "name" in value and set(value) <= set(wanted)
+    if not ok or any(isinstance(x, bool) or not isinstance(x, wanted[k]) for k, x in value.items()):
+        raise Refusal(
+            f"'{_files.shown(path)}' in {file} must be a name, a list of them, or an object with {', '.join(wanted)}.\n"
+            f"  got: {_files.shown(value)}"
+        )
+    if value.get("rotary_heads", 1) < 1:
+        raise Refusal(f"rotary_heads of '{_files.shown(path)}' in {file} must be at least 1.")
+    return peft.Weight(**value)
+
+
+def sites_like(path: Path) -> Sites:
+    """The sites of a base, as far as one of jlora's adapters for it knows them."""
+    if format_of(path) != "orbax":
+        raise Refusal(
+            f"--like takes one of jlora's own adapters, which knows the axes of its base.\n  got: PEFT's {path}"
+        )
+    target = jlora.restore_target(jlora.metadata(path))
+    base = next(iter(target.values())).base
+    found = []
+    for leaf, shape, dtype in base.leaves:
+        adapter = target.get(leaf)
+        if isinstance(adapter, LowRank):
+            if not adapter.use:
+                raise Refusal(f"{path} was saved by a jlora that did not keep how '{leaf}' is used: save it again.")
+            roles = adapter.inputs, adapter.outputs, adapter.batch
+            more: dict[str, Any] = {"window": adapter.window, "groups": adapter.groups}
+            found.append(Site(leaf, shape, jnp.dtype(dtype), adapter.use, *roles, **more))
+        else:
+            reason = f"{path.name} (--like) does not adapt it, so that its axes are not known"
+            found.append(Site(leaf, shape, jnp.dtype(dtype), "dense", reason=reason))
+    return Sites(found, base)
+
+
+def needs_values(path: Path) -> bool:
+    """Whether a PEFT adapter has more than factors: whole weights are compared with the base, rows are put into it."""
+    return any(part_of(key).role not in ("a", "b") for key in open_tensors(path).header)
+
+
+def parameters(x: Adapter) -> int:
+    """The number of parameters of an adapter."""
+    return sum(int(np.prod(array.shape, dtype=np.int64)) for array in x.arrays().values())
+
+
+def outright(found: Opened) -> list[str]:
+    """Its leaves that are trained outright."""
+    return [path for path, x in found.lora.items() if isinstance(x, FullWeight)]

@@ -1,0 +1,260 @@
+"""``jlora info``, ``resize``, ``combine`` and ``diff``: adapters alone, without their base."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from jlora import _cli_adapters as adapters
+from jlora import _files, algebra
+from jlora._adapters import LowRank
+from jlora._cli_adapters import Writing
+from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
+from jlora._cli_show import DIFFERENT, Refusal, Screen, dash, number, percent, progress, several, shape
+
+
+@command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
+def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
+    """Shows what an adapter adapts: shapes, ranks, scales, parameters, the norm and the effective rank of each update, its base."""
+    screen, found = Screen(json), adapters.open_adapter(adapter)
+    with progress("measure", len(found.lora), json) as step:
+        sites = [_site(path, x, step) for path, x in found.lora.items()]
+    total = sum(site["parameters"] for site in sites)
+    base: dict[str, Any] = {"name": found.about.get("base_model_name_or_path")}
+    if found.format == "orbax":
+        whole = next(iter(found.lora.values())).base
+        base |= {"fingerprint": whole.digest, "leaves": len(whole.leaves)}
+
+    def last(s: dict[str, Any]) -> tuple[str, str]:
+        return number(s["norm"]), _range(s["effective_rank"])
+
+    screen.table(
+        ("weight", "use", "shape", "rank", "scale", "parameters", "norm", "effective rank"),
+        [
+            (
+                s["path"],
+                s["use"],
+                shape(s["shape"]),
+                dash(s["rank"]),
+                number(s["scale"]),
+                f"{s['parameters']:,}",
+                *last(s),
+            )
+            for s in sites
+        ],
+        right=(3, 4, 5, 6, 7),
+    )
+    screen.note(f"{several(len(sites), 'weight')}, {several(total, 'parameter')}; {found.format} ({found.version})")
+    name = base["name"] or "not named"
+    screen.note(
+        f"base: {name}" + (f", {base['leaves']} leaves, {base['fingerprint'][:12]}" if "leaves" in base else "")
+    )
+    for key, value in found.about.items():
+        if key not in adapters.ABOUT:
+            screen.note(f"{_files.shown(key)}: {_files.shown(value)}")
+    about = {"path": str(found.path), "format": found.format, "version": found.version, "base": base}
+    screen.document({**about, "about": found.about, "parameters": total, "sites": sites})
+
+
+def _site(path: str, x: Any, step: Callable[[str], None]) -> dict[str, Any]:
+    out: dict[str, Any] = {"path": path, "kind": x.kind, "use": "whole", "shape": list(x.shape)}
+    out |= {"rank": None, "scale": None, "parameters": adapters.parameters(x), "norm": None, "effective_rank": None}
+    if isinstance(x, LowRank):
+        values = algebra.spectrum({path: x})[path]
+        ranks = np.asarray(algebra.effective_rank(values)).tolist()
+        out |= {"use": x.use, "rank": x.rank, "scale": x.scale, "effective_rank": ranks}
+        out["norm"] = float(jnp.linalg.norm(values.reshape(-1)))
+    step(path)
+    return out
+
+
+def _range(x: Any) -> str:
+    """A number, or the least and the most of those of slices."""
+    if not isinstance(x, list):
+        return "-" if x is None else f"{x:.2f}"
+    flat = np.ravel(x)
+    return f"{flat.min():.2f}–{flat.max():.2f}"
+
+
+@command("jlora resize adapter smaller --rank 8", "jlora resize adapter smaller --energy 0.99")
+def resize(
+    adapter: Adapter,
+    out: Out,
+    rank: Annotated[int | None, typer.Option(help="The new rank.", show_default=False)] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="The lowest rank that keeps this share of each squared norm.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    rank_pattern: Ranks = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Changes the rank of an adapter: the closest update of a lower rank, or the same update with room to train."""
+    screen = Screen(json)
+    if (rank is None) == (energy is None):
+        raise Refusal("Say either --rank or --energy.")
+    found = adapters.open_adapter(adapter)
+    out = adapters.free(out, found.format, force, [adapter])
+    low = {path: x for path, x in found.lora.items() if isinstance(x, LowRank)}
+    if not low:
+        raise Refusal("Every leaf of the adapter is trained outright: there is no rank to change.")
+    lora, kept = dict(found.lora), {}
+    with progress("resize", len(low), json) as step:
+        for path, x in low.items():
+            one, share = algebra.resize({path: x}, rank, energy=energy, report=True)
+            lora |= one
+            kept[path] = float(share[path])
+            step(path)
+    adapters.write(out, found._replace(lora=lora), Writing(force, dtype, rank_pattern))
+    ranks = {path: x.rank for path, x in lora.items() if isinstance(x, LowRank)}
+    sites: list[dict[str, Any]] = [{"path": p, "before": low[p].rank, "rank": ranks[p], "energy": kept[p]} for p in low]
+    rows = [(s["path"], str(s["before"]), str(s["rank"]), percent(s["energy"])) for s in sites]
+    screen.table(("weight", "rank before", "rank", "energy kept"), rows, right=(1, 2, 3))
+    screen.note(f"{several(len(lora), 'weight')} written to {out} ({found.format})")
+    if found.format == "peft" and not rank_pattern and len({s["rank"] for s in sites}) > 1:
+        most = max(s["rank"] for s in sites)
+        screen.note(
+            f"  padded with zeros to rank {most}, which all readers understand; --rank-pattern leaves the ranks"
+        )
+    screen.document({"out": str(out), "format": found.format, "sites": sites})
+
+
+@command(
+    "jlora combine sum one two --weights 0.5,0.5",
+    "jlora combine sum one two --weights 1,-1 --method svd --rank 16",
+    "jlora combine sum one two three --method dare --density 0.5 --seed 0",
+)
+def combine(
+    out: Out,
+    given: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Of one base, in one format.")],
+    weights: Annotated[str | None, typer.Option(help="One number for each, by commas; 1 if not said.")] = None,
+    method: Annotated[Literal["concat", "svd", "ties", "dare"], typer.Option(help="concat is exact.")] = "concat",
+    rank: Annotated[int | None, typer.Option(help="Of the result, but for concat, where ranks add up.")] = None,
+    density: Annotated[float | None, typer.Option(help="ties, dare: the share of entries to keep.")] = None,
+    seed: Seed = None,
+    base_model: Annotated[str | None, typer.Option(help="The base, if the adapters name different ones.")] = None,
+    dtype: Dtype = None,
+    rank_pattern: Ranks = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Makes one adapter of several: the weighted sum of their updates, exact, truncated, or by TIES or DARE."""
+    screen, numbers = Screen(json), _numbers(weights, len(given))
+    if (method == "dare") != (seed is not None):
+        raise Refusal("The method dare needs a --seed, and nothing else does.")
+    found = adapters.open_several(given)
+    out = adapters.free(out, found[0].format, force, given)
+    whole = [(path, x.path) for x in found for path in adapters.outright(x)]
+    if whole:
+        raise Refusal(
+            f"'{whole[0][0]}' of {whole[0][1]} is trained outright: a sum needs the base's value.\n"
+            "  In Python: jlora.algebra.combine(loras, weights, params=params)."
+        )
+    about = _common([x.about for x in found], base_model, "base_model_name_or_path" if len(found) > 1 else "")
+    key = None if seed is None else jax.random.key(seed)
+    options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "key": key}
+    paths = list(dict.fromkeys(path for x in found for path in x.lora))
+    # One call: the key of DARE is folded by path and place, and whether all is of one base is asked of the whole.
+    with progress("combine", 1, json) as step:
+        lora = algebra.combine([x.lora for x in found], numbers, **options)
+        step("")
+    adapters.write(out, found[0]._replace(lora=lora, about=about), Writing(force, dtype, rank_pattern))
+    origin = {path: [i for i, x in enumerate(found) if path in x.lora] for path in paths}
+    sites: list[dict[str, Any]] = [
+        {"path": p, "rank": x.rank, "of": origin[p]} for p, x in lora.items() if isinstance(x, LowRank)
+    ]
+    rows = [(s["path"], str(s["rank"]), ", ".join(found[i].path.name for i in s["of"])) for s in sites]
+    screen.table(("weight", "rank", "of"), rows, right=(1,))
+    screen.note(f"{several(len(sites), 'weight')} written to {out} ({found[0].format})")
+    document = {"out": str(out), "format": found[0].format, "method": method, "weights": numbers}
+    screen.document({**document, "inputs": [str(x.path) for x in found], "sites": sites})
+
+
+def _numbers(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    if not re.fullmatch(r"[^,]+(,[^,]+)*", text):
+        raise Refusal(f"--weights takes numbers and commas: --weights 0.5,0.5.\n  got: {text!r}")
+    try:
+        found = [float(x) for x in text.split(",")]
+    except ValueError:
+        raise Refusal(f"--weights takes numbers and commas: --weights 0.5,0.5.\n  got: {text!r}") from None
+    if len(found) != count:
+        raise Refusal(f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters")
+    return found
+
+
+def _common(abouts: list[dict[str, Any]], base_model: str | None, name: str) -> dict[str, Any]:
+    """What all adapters say of themselves; of their base they must say the same."""
+    bases = {x[name] for x in abouts if name in x}
+    if base_model is None and len(bases) > 1:
+        listed = " and ".join(_files.shown(x) for x in sorted(map(str, bases)))
+        raise Refusal(f"The adapters name different bases: {listed}.\n  If these are the same: --base-model NAME.")
+    same = {k: v for k, v in abouts[0].items() if all(x.get(k) == v for x in abouts)}
+    chosen = base_model or next(iter(bases), None)
+    return same | ({} if chosen is None else {"base_model_name_or_path": chosen})
+
+
+@command("jlora diff one two", "jlora diff one two --tol 1e-3 --json")
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="ONE", help="Folder of an adapter.", show_default=False)],
+    two: Annotated[Path, typer.Argument(metavar="TWO", help="Of one in the same format.", show_default=False)],
+    tol: Annotated[float, typer.Option(help="The relative difference up to which updates count as the same.")] = 1e-5,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Compares two adapters of one base, weight by weight. Exit code 0: the same within --tol; 1: they differ.
+
+    cosine: of the updates; difference: relative to the first; angles: the largest principal angles, in degrees, of the spaces that
+    the updates read from and write to.
+    """
+    screen = Screen(json)
+    if not 0 <= tol < float("inf"):
+        raise Refusal(f"--tol must be a number from 0 up.\n  got: {tol}")
+    found = adapters.open_several([one, two])
+    first, second = (x.lora for x in found)
+    paths = [path for path in first if path in second]
+    low = [{p: x for p, x in lora.items() if isinstance(x, LowRank)} for lora in (first, second)]
+    with progress("compare", len(paths), json) as step:
+        compared = algebra.compare(*low) if all(low) else {}
+        sites = [_compared(path, first[path], second[path], compared.get(path), step) for path in paths]
+    alone = [[path for path in a if path not in b] for a, b in ((first, second), (second, first))]
+    same = not any(alone) and all(s["difference"] <= tol for s in sites)
+    columns = ("norm_one", "norm_two", "cosine", "difference", "input_angle", "output_angle")
+    rows = [(s["path"], *(number(s[c]) for c in columns)) for s in sites]
+    rows += [(path, *("-" * len(columns))) for path in (*alone[0], *alone[1])]
+    screen.table(("weight", *(c.replace("_", " ") for c in columns)), rows, right=tuple(range(1, 7)))
+    for path, names in zip((one, two), alone, strict=True):
+        for name in names:
+            screen.note(f"only in {path}: {name}")
+    worst = max((s["difference"] for s in sites), default=0.0)
+    screen.note(f"{'the same' if same else 'they differ'}: at most {number(worst)}, where {number(tol)} is allowed")
+    screen.document({"same": same, "tol": tol, "sites": sites, "only_in_one": alone[0], "only_in_two": alone[1]})
+    return 0 if same else DIFFERENT
+
+
+def _compared(path: str, x: Any, y: Any, found: Any, step: Callable[[str], None]) -> dict[str, Any]:
+    """The worst of all slices. Values of leaves that are trained outright are compared as they are."""
+    step(path)
+    out: dict[str, Any] = {"path": path, "cosine": None, "input_angle": None, "output_angle": None}
+    if isinstance(x, LowRank) and isinstance(y, LowRank):
+        norms = (float(jnp.linalg.norm(n.reshape(-1))) for n in (found.norm_one, found.norm_two))
+        angles = (float(jnp.rad2deg(a.max())) for a in (found.input_angles, found.output_angles))
+        out |= dict(zip(("norm_one", "norm_two", "input_angle", "output_angle"), (*norms, *angles), strict=True))
+        return out | {"cosine": float(found.cosine.min()), "difference": float(found.difference.max())}
+    if type(x) is not type(y):
+        return out | {"norm_one": None, "norm_two": None, "difference": float("inf")}
+    if x.shape != y.shape:
+        raise Refusal(f"The adapters are for different shapes of '{path}': {x.shape} and {y.shape}.")
+    one, two = (np.asarray(v.value, np.float64) for v in (x, y))
+    size, apart = float(np.linalg.norm(one)), float(np.linalg.norm(one - two))
+    relative = apart / size if size > 0 else (float("inf") if apart > 0 else 0.0)
+    return out | {"norm_one": size, "norm_two": float(np.linalg.norm(two)), "difference": relative}

@@ -1,0 +1,295 @@
+"""``jlora merge``, ``convert`` and ``extract``, and with the other commands the whole application.
+
+What these do is in ``_cli_merge.py``, ``_cli_extract.py`` and the library; here is what they take and show.
+"""
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from jlora import _cli_adapters as adapters
+from jlora import _cli_algebra as _cli_algebra
+from jlora import _cli_extract as extraction
+from jlora import _cli_merge as merging
+from jlora import _cli_weights as models
+from jlora import _files, peft
+from jlora._adapters import FullWeight, LowRank
+from jlora._cli_adapters import Opened, Writing
+from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
+from jlora._cli_options import app as app
+from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+
+
+@command(
+    "jlora merge llama adapter llama-merged",
+    "jlora merge gpt2 adapter gpt2-merged --conv1d '.*c_(attn|proj|fc).weight'",
+    "jlora merge llama adapter llama-merged --dtype bfloat16 --rounding stochastic --seed 0",
+)
+def merge(
+    base: Annotated[
+        Path,
+        typer.Argument(metavar="BASE", help="Folder of a model: safetensors, or an orbax checkpoint of parameters."),
+    ],
+    adapter: Adapter,
+    out: Out,
+    to: Annotated[
+        Literal["safetensors", "orbax"] | None, typer.Option(help="Format of OUT, which is that of BASE.")
+    ] = None,
+    dtype: Dtype = None,
+    rounding: Annotated[
+        Literal["nearest", "stochastic"], typer.Option(help="Stochastic rounding keeps small updates in the mean.")
+    ] = "nearest",
+    seed: Seed = None,
+    conv1d: Conv1d = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(metavar="OLD=NEW", help="Names of the adapter that begin with OLD begin with NEW in BASE."),
+    ] = None,
+    tied: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=NAME", help="The first is, in BASE, the second: a tied head.")
+    ] = None,
+    add_new: Annotated[
+        bool, typer.Option("--add-new", help="Add whole tensors that BASE does not have: a head.")
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Folds an adapter into its base and writes the merged model: a PEFT adapter into safetensors, tensor by tensor, or jlora's own
+    into an orbax checkpoint. Other files of BASE are copied; tells what rounding lost of each update.
+    """
+    screen, base, adapter = Screen(json), _files.folder(base), _files.folder(adapter)
+    kind = models.kind_of(base)
+    _check_kinds(kind, adapters.format_of(adapter), to, base, adapter)
+    if (rounding == "stochastic") != (seed is not None):
+        raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
+    key = None if seed is None else jax.random.key(seed)
+    rule = merging.Rounding(None if dtype is None else np.dtype(jnp.dtype(dtype)), key)
+    out = adapters.free(out, kind, force, [base, adapter])
+    begin = functools.partial(progress, "merge", quiet=json)
+    if kind == "checkpoint":
+        if conv1d is not None or prefix is not None or tied or add_new:
+            raise Refusal("--conv1d, --prefix, --tied and --add-new are for safetensors.")
+        report = merging.merge_checkpoint(base, adapter, out, rule, force, begin)
+    else:
+        weights = models.Weights(base)
+        renamed = ("", "") if prefix is None else _split("--prefix", prefix)
+        same = dict(_split("--tied", x) for x in tied or [])
+        found = adapters.open_adapter(adapter)
+        options: dict[str, Any] = {"conv1d": conv1d, "renamed": renamed, "tied": same, "add_new": add_new}
+        plan = merging.Plan(weights, found, **options)
+        with begin(len(weights) + len(plan.added)) as step:
+            report = merging.merge_safetensors(plan, out, rule, force, step)
+    rows = [(name, percent(x)) for name, x in report.lost.items()]
+    rows += [(name, "whole") for name in [*report.replaced, *report.added]]
+    screen.table(("merged", "lost in rounding"), rows, right=(1,))
+    worst = max(report.lost.values(), default=0.0)
+    screen.note(
+        f"{several(len(rows), 'weight')} merged into {out}; at most {percent(worst)} of an update lost in rounding"
+    )
+    if worst > 0.01:
+        screen.note("  --dtype float32 keeps it all; --rounding stochastic --seed 0 keeps it in the mean.")
+    for what, names in (("copied", report.copied), ("left out", report.left_out)):
+        if names:
+            screen.note(f"{what}: {', '.join(map(_files.shown, names))}")
+    merged = [{"path": name, "lost": x} for name, x in report.lost.items()]
+    document: dict[str, Any] = {
+        "out": str(out),
+        "format": "orbax" if kind == "checkpoint" else kind,
+        "dtype": dtype,
+        "merged": merged,
+    }
+    document |= {
+        "replaced": report.replaced,
+        "added": report.added,
+        "copied": report.copied,
+        "left_out": report.left_out,
+    }
+    screen.document(document)
+
+
+def _check_kinds(kind: str, form: str, to: str | None, base: Path, adapter: Path) -> None:
+    if kind == "safetensors" and form == "orbax":
+        raise Refusal(
+            f"{adapter} is jlora's own, {base} are safetensors with PyTorch's names, which it does not know.\n"
+            "  jlora convert ADAPTER PEFT --to peft --names names.json, and merge that.\n"
+            "  In Python: jlora.export.save(folder, params, lora, sites=sites, names=names)."
+        )
+    if kind == "checkpoint" and form == "peft":
+        raise Refusal(
+            f"{adapter} is PEFT's, with PyTorch's names, {base} is an orbax checkpoint.\n"
+            f"  jlora convert ADAPTER OWN --to orbax --base BASE, and merge that."
+        )
+    if to is not None and to != ("orbax" if kind == "checkpoint" else "safetensors"):
+        raise Refusal(
+            f"{base} can be written as it is, not --to {to}: the names and axes of the other format are not in it.\n"
+            "  In Python: jlora.export.save(folder, params, lora, sites=sites), or jlora.export.load."
+        )
+
+
+def _split(option: str, text: str) -> tuple[str, str]:
+    one, equal, two = text.partition("=")
+    if not equal:
+        raise Refusal(f"{option} takes two names: {option} one=two.\n  got: {text!r}")
+    return one, two
+
+
+# --- convert -----------------------------------------------------------------------------------------------------------
+
+
+@command(
+    "jlora convert adapter peft-adapter --to peft --base-model meta-llama/Llama-3.2-1B",
+    "jlora convert peft-adapter adapter --to orbax --like another-adapter",
+    "jlora convert peft-adapter adapter --to orbax --base params --names names.json",
+)
+def convert(
+    adapter: Adapter,
+    out: Out,
+    to: Annotated[Literal["peft", "orbax"], typer.Option(help="peft, or orbax: jlora's own.", show_default=False)],
+    names: Annotated[
+        Path | None, typer.Option(help="JSON: path or pattern of paths -> name in PyTorch, or {name, layout, ...}.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="To peft: the name of the base, for who loads it.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="To peft: such as CAUSAL_LM.")] = None,
+    like: Annotated[Path | None, typer.Option(help="To orbax: an adapter of jlora's for the same base.")] = None,
+    base: Annotated[Path | None, typer.Option(help="To orbax: the base, an orbax checkpoint of parameters.")] = None,
+    dtype: Dtype = None,
+    rank_pattern: Ranks = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Makes a PEFT adapter of jlora's own, or the other way; then --like or --base has to tell the axes of the base's weights."""
+    screen, adapter = Screen(json), _files.folder(adapter)
+    if adapters.format_of(adapter) == to:
+        raise Refusal(f"{adapter} is {to} already.")
+    inputs = [adapter, *(p for p in (like, base) if p is not None)]
+    out = adapters.free(out, to, force, inputs)
+    table = adapters.names_of(names)
+    if to == "peft":
+        if like is not None or base is not None:
+            raise Refusal("--like and --base are for --to orbax: jlora's adapters know the axes of their base.")
+        found = adapters.open_adapter(adapter)
+        options: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
+        options["base_model"] = base_model or found.about.get("base_model_name_or_path")
+        options["task_type"] = task_type or found.about.get("task_type")
+        peft.save(out, found.lora, names=table, **options)
+        made = adapters.open_adapter(out)
+    else:
+        if base_model is not None or task_type is not None or rank_pattern:
+            raise Refusal("--base-model, --task-type and --rank-pattern are for --to peft.")
+        made = _to_own(adapter, table, like, base)
+        adapters.write(out, made, Writing(force, dtype))
+    rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
+    screen.table(("weight", "shape", "rank"), rows, right=(2,))
+    screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
+    sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
+    screen.document({"out": str(out), "format": to, "sites": sites})
+
+
+def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> Opened:
+    if like is None and base is None:
+        raise Refusal(
+            "A PEFT adapter does not tell how the base's weights lie in JAX.\n"
+            "  --like ADAPTER: one of jlora's adapters for the same base, which knows;\n"
+            "  --base CHECKPOINT: an orbax checkpoint of Flax parameters, where a matrix named kernel is (in, out).\n"
+            "  Otherwise in Python: jlora.peft.load(folder, jlora.sites(fn, params, x), names=...), and jlora.save."
+        )
+    values = None
+    if base is not None:
+        base = _files.folder(base)
+        if models.kind_of(base) != "checkpoint":
+            raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
+        values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
+    shapes_only = values is not None and not adapters.needs_values(adapter)
+    target = adapters.sites_like(_files.folder(like)) if like is not None else values
+    params = None if like is None and shapes_only else values
+    lora = peft.load(adapter, target, names=names, params=params)
+    config = _files.read_json(adapter / "adapter_config.json")
+    about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
+    return Opened(adapter, "orbax", lora, None, about, "")
+
+
+# --- extract -----------------------------------------------------------------------------------------------------------
+
+
+@command(
+    "jlora extract llama llama-tuned adapter --rank 32",
+    "jlora extract llama llama-tuned adapter --rank 64 --energy 0.95 --rest full",
+    "jlora extract params params-tuned adapter --rank 16 --like another-adapter",
+)
+def extract(
+    base: Annotated[
+        Path,
+        typer.Argument(metavar="BASE", help="Folder of a model: safetensors, or an orbax checkpoint of parameters."),
+    ],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The same model after training, in the same format.")],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Of each update, at most.", show_default=False)],
+    energy: Annotated[
+        float | None, typer.Option(help="The lowest rank, up to --rank, that keeps this share of the squared norm.")
+    ] = None,
+    rest: Annotated[
+        Literal["error", "ignore", "full"], typer.Option(help="What changed and is no matrix: full keeps it whole.")
+    ] = "error",
+    conv1d: Conv1d = None,
+    embedding: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Safetensors: whole names of embeddings; '' for none.")
+    ] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Orbax: an adapter for the same base, which knows its axes.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="The name of the base, for who loads the adapter.")] = None,
+    dtype: Dtype = None,
+    rank_pattern: Ranks = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Makes an adapter of what full fine-tuning did: of two models, the difference of each matrix truncated to a low rank."""
+    screen, base, tuned = Screen(json), _files.folder(base), _files.folder(tuned)
+    extraction.check(rank, energy)
+    kind = models.kind_of(base)
+    if models.kind_of(tuned) != kind:
+        raise Refusal(f"Both models must be of one format.\n  got: {base} ({kind}) and {tuned}")
+    is_peft = kind == "safetensors"
+    if (is_peft and like is not None) or (not is_peft and (conv1d is not None or embedding is not None)):
+        raise Refusal("--conv1d and --embedding are for safetensors, --like is for orbax checkpoints.")
+    out = adapters.free(out, "peft" if is_peft else "orbax", force, [base, tuned])
+    about = {} if base_model is None else {"base_model_name_or_path": base_model}
+    begin = functools.partial(progress, "compare", quiet=json)
+    if is_peft:
+        one, two = models.Weights(base), models.Weights(tuned)
+        with begin(len(one)) as step:
+            pairs = extraction.pairs_of_safetensors(one, two, conv1d, embedding, step)
+        leaves = None
+    else:
+        like = None if like is None else _files.folder(like)
+        pairs, leaves = extraction.pairs_of_checkpoints(base, tuned, like, begin)
+    with progress("decompose", sum(p.changed for p in pairs), json) as step:
+        found = extraction.extract(pairs, leaves, extraction.Wanted(rank, energy, rest), step)
+    made = Opened(out, "peft" if is_peft else "orbax", found.lora, found.sites, about, "")
+    adapters.write(out, made, Writing(force, dtype, rank_pattern))
+    whole = [path for path, x in found.lora.items() if isinstance(x, FullWeight)]
+    sites: list[dict[str, Any]] = [
+        {"path": path, "shape": list(x.shape), "rank": x.rank, "energy": found.kept[path], "norm": found.norms[path]}
+        for path, x in found.lora.items()
+        if isinstance(x, LowRank)
+    ]
+    rows = [(s["path"], shape(s["shape"]), str(s["rank"]), percent(s["energy"]), number(s["norm"])) for s in sites]
+    rows += [(path, shape(found.lora[path].shape), "-", "whole", "-") for path in whole]
+    screen.table(("weight", "shape", "rank", "energy kept", "norm"), rows, right=(2, 3, 4))
+    squares = [s["norm"] ** 2 for s in sites]
+    kept = sum(n * s["energy"] for n, s in zip(squares, sites, strict=True)) / sum(squares)
+    screen.note(f"{several(len(rows), 'weight')} written to {out} ({made.format}); {percent(kept)} of the energy kept")
+    if found.same:
+        screen.note(f"{several(found.same, 'tensor')} did not change")
+    for name, why in found.ignored.items():
+        screen.note(f"ignored: {name}: {why}")
+    document = {"out": str(out), "format": made.format, "energy": kept, "sites": sites, "whole": whole}
+    screen.document({**document, "ignored": list(found.ignored), "unchanged": found.same})

@@ -1,0 +1,277 @@
+"""``jlora extract``: the adapter that comes closest to what full fine-tuning did to a model, weight by weight."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import _files, _paths, _svd
+from jlora._adapters import Adapter, Fingerprint, FullWeight, fingerprint
+from jlora._cli_adapters import Refusal, sites_like
+from jlora._cli_weights import Layout, Weights, compiled, load_checkpoint
+from jlora._init import of_site
+from jlora._sites import Site, Sites
+from jlora.peft import _by_name
+
+TABLE = re.compile(r".*(embed|wte|wpe|shared)[^.]*\.weight")
+"""Names that tables have: whether one is looked up or multiplied with, its shape does not tell."""
+
+
+Reader = Callable[[], np.ndarray]
+
+
+class Pair(NamedTuple):
+    """One tensor of both models.
+
+    Attributes:
+        name: Of the adapter's leaf.
+        site: How it is used; ``None`` if it can only be taken whole.
+        why: Then, the reason.
+        base: Reads its value in the base.
+        tuned: Reads its value in the tuned model.
+        changed: Whether they differ.
+        turned: Whether the values are the transpose of the site's matrix.
+    """
+
+    name: str
+    site: Site | None
+    why: str
+    base: Reader
+    tuned: Reader
+    changed: bool
+    turned: bool = False
+
+
+class Found(NamedTuple):
+    """What was found: adapters, per low-rank one the share of the squared norm that it keeps, and what was left.
+
+    Attributes:
+        lora: Adapters by name.
+        sites: Of them.
+        kept: Shares by name.
+        norms: Of the differences, by name.
+        ignored: Tensors that changed and that the adapter does not have, and why.
+        same: Number of tensors that did not change.
+    """
+
+    lora: dict[str, Adapter]
+    sites: Sites
+    kept: dict[str, float]
+    norms: dict[str, float]
+    ignored: dict[str, str]
+    same: int
+
+
+class Wanted(NamedTuple):
+    """How much to keep, and what to do with what has no low rank: ``error``, ``ignore`` or ``full``."""
+
+    rank: int
+    energy: float | None
+    rest: str
+
+
+def extract(pairs: list[Pair], base: Fingerprint | None, wanted: Wanted, step: Callable[[str], None]) -> Found:
+    """Decomposes the differences one by one. ``base`` is the fingerprint of the whole base, ``None`` if only of what is adapted."""
+    changed = [pair for pair in pairs if pair.changed]
+    rest = {p.name: p.why for p in changed if p.site is None}
+    if rest and wanted.rest == "error":
+        shown = "\n".join(f"    {name}: {why}" for name, why in list(rest.items())[:12])
+        more = f"\n    and {len(rest) - 12} more" if len(rest) > 12 else ""
+        raise Refusal(
+            f"{len(rest)} tensors changed that get no factors:\n{shown}{more}\n"
+            "  Keep them whole with --rest full, or leave them out with --rest ignore."
+        )
+    if not any(p.site for p in changed):
+        raise Refusal("No matrix differs between the two models: the adapter would have no effect.")
+    taken = [p for p in changed if p.site or wanted.rest == "full"]
+    if base is None:
+        taken += _siblings(pairs, taken)
+        base = Fingerprint(sorted((p.name, *_about(p)) for p in taken))
+    kept, norms = {}, {}
+    made: dict[str, Adapter] = {}
+    for pair in taken:
+        if pair.site is None:
+            value = _files.check_finite(pair.name, pair.tuned())
+            made[pair.name] = FullWeight(jnp.asarray(_files.floats(value)), base)
+        else:
+            made[pair.name], kept[pair.name], norms[pair.name] = _low(pair, pair.site, base, wanted)
+        step(pair.name)
+    sites = [p.site or _whole(p) for p in sorted(taken, key=lambda p: p.name)]
+    ignored = rest if wanted.rest == "ignore" else {}
+    return Found(
+        {name: made[name] for name in sorted(made)}, Sites(sites, base), kept, norms, ignored, len(pairs) - len(changed)
+    )
+
+
+def _about(pair: Pair) -> tuple[tuple[int, ...], str]:
+    return (pair.site.shape, str(pair.site.dtype)) if pair.site else (pair.base().shape, "float32")
+
+
+def _whole(pair: Pair) -> Site:
+    return Site(pair.name, _about(pair)[0], np.dtype(np.float32), "dense", reason="it is trained outright")
+
+
+def _siblings(pairs: list[Pair], taken: list[Pair]) -> list[Pair]:
+    """The other tensors of modules that PEFT can only save whole."""
+    names = {p.name for p in taken}
+    adapted = {p.name.rpartition(".")[0] for p in taken if p.site}
+    alone = {p.name.rpartition(".")[0] for p in taken if not p.site and not p.name.endswith(".bias")} - adapted
+    found = [p for p in pairs if p.name not in names and p.name.rpartition(".")[0] in alone]
+    return [p._replace(site=None, why="its module is saved whole") for p in found]
+
+
+def _low(pair: Pair, site: Site, base: Fingerprint, wanted: Wanted) -> tuple[Adapter, float, float]:
+    """The adapter of one difference, the share of its squared norm that is kept, and its norm."""
+    w, v = pair.base(), pair.tuned()
+    wide = np.promote_types(np.promote_types(w.dtype, v.dtype), np.float32)
+    with np.errstate(all="ignore"):
+        moved = v.astype(wide) - w.astype(wide)
+    _files.check_finite(f"the difference of {pair.name}", moved)
+    moved = moved.T if pair.turned else moved
+    batch, inputs, outputs = (tuple(site.shape[d] for d in ds) for ds in (site.batch, site.inputs, site.outputs))
+    rows = int(np.prod(inputs))
+    matrices = jnp.asarray(moved.transpose(*site.batch, *site.inputs, *site.outputs).reshape(*batch, rows, -1))
+    rank = min(wanted.rank, *matrices.shape[-2:])
+    svd = _svd.dense_svd(matrices, rank)
+    if wanted.energy is not None:
+        shares = [float(_svd.share(svd.s, r)) for r in range(1, rank + 1)]
+        rank = next((r for r, share in enumerate(shares, 1) if share >= wanted.energy), rank)
+    a, b = _svd.factors(svd, rank, _svd.spare_norm(rows, site.kind))
+    a, b = a.reshape(*batch, *inputs, rank), b.reshape(*batch, rank, *outputs)
+    norm = float(np.linalg.norm(moved.reshape(-1)))
+    return of_site(a, b, site, 1.0, 0.0, base), float(_svd.share(svd.s, rank)), norm
+
+
+# --- Two models --------------------------------------------------------------------------------------------------------
+
+
+def check(rank: int, energy: float | None) -> None:
+    """Raises unless the numbers can be: before anything is read."""
+    if rank < 1:
+        raise Refusal(f"--rank must be at least 1.\n  got: {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise Refusal(f"--energy must be above 0, up to 1.\n  got: {energy}")
+
+
+def pairs_of_safetensors(
+    base: Weights, tuned: Weights, conv1d: str | None, embedding: str | None, step: Callable[[str], None]
+) -> list[Pair]:
+    """The tensors of two PyTorch models, compared."""
+    check_same(set(base), set(tuned))
+    layout = Layout(base, conv1d)
+    tables = None if embedding is None else compiled("--embedding", embedding)
+    tied = _is_tied(base)
+    found = []
+    for name in base:
+        step(name)
+        shape = base[name].shape
+        if shape != tuned[name].shape:
+            raise Refusal(f"'{_files.shown(name)}' is {shape} in the base and {tuned[name].shape} in the tuned model.")
+        if not (base.is_float(name) and tuned.is_float(name)):
+            if base[name].dtype != tuned[name].dtype or not _same_bytes(base, tuned, name):
+                raise Refusal(f"'{_files.shown(name)}' holds {base[name].dtype} and differs: no adapter can have it.")
+            continue
+        read = _reader(base, name), _reader(tuned, name)
+        if not _svd.differ(read[0](), read[1]()):
+            found.append(Pair(name, None, "", *read, False))
+        elif len(shape) == 2 and name.endswith(".weight"):
+            found.append(_matrix(name, shape, read, layout, tables, tied))
+        else:
+            found.append(Pair(name, None, f"{shape} is no matrix of a linear layer", *read, True))
+    layout.check_used()
+    return found
+
+
+def _matrix(
+    name: str,
+    shape: tuple[int, ...],
+    read: tuple[Reader, Reader],
+    layout: Layout,
+    tables: re.Pattern[str] | None,
+    tied: bool,
+) -> Pair:
+    """A changed matrix: of a linear layer, of GPT-2's Conv1D, or a table."""
+    dtype = np.dtype(np.float32)
+    if tables is None and TABLE.fullmatch(name):
+        raise Refusal(
+            f"'{name}' changed, and may be an embedding, for which PEFT has other factors than for a linear layer.\n"
+            "  Say which weights are, by a pattern of whole names: --embedding '.*embed_tokens.weight'.\n"
+            "  If none are: --embedding ''."
+        )
+    if tables is not None and tables.fullmatch(name):
+        if tied:
+            return Pair(name, None, "it is tied to the output head, which PEFT adapts apart", *read, True)
+        return Pair(name, Site(name, shape, dtype, "lookup", (0,), (1,)), "", *read, True)
+    turned = layout.is_conv1d(name)
+    if turned is None:
+        raise layout.needed(name, shape)
+    shape = (shape[1], shape[0]) if turned else shape
+    return Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), "", *read, True, turned)
+
+
+def _is_tied(base: Weights) -> bool:
+    """Whether the output head is the embedding: what the configuration says, and if it is silent, whether there is a head."""
+    said = base.config().get("tie_word_embeddings")
+    return said if isinstance(said, bool) else not any(re.search("lm_head|embed_out|output", name) for name in base)
+
+
+def _reader(weights: Weights, name: str) -> Reader:
+    return lambda: weights.read(name)
+
+
+def _same_bytes(one: Weights, two: Weights, name: str) -> bool:
+    out = io.BytesIO(), io.BytesIO()
+    for weights, to in zip((one, two), out, strict=True):
+        weights.copy(name, to)
+    return out[0].getvalue() == out[1].getvalue()
+
+
+def pairs_of_checkpoints(base: Path, tuned: Path, like: Path | None, begin: Any) -> tuple[list[Pair], Fingerprint]:
+    """The leaves of two orbax checkpoints; their axes are known from an adapter, or where Flax calls a matrix ``kernel``."""
+    params, news = load_checkpoint(base), load_checkpoint(tuned)
+    (paths, old, _), (others, new, _) = _paths.flatten(params), _paths.flatten(news)
+    check_same(set(paths), set(others))
+    theirs = dict(zip(others, new, strict=True))
+    mine = fingerprint(paths, old)
+    sites = dict(_by_name(paths, old))
+    if like is not None:
+        liked = sites_like(like)
+        sites |= liked
+        difference = liked.base.difference(mine)
+        if difference:
+            raise Refusal(f"The adapter at {like} (--like) is for another base: {difference}.")
+    with begin(len(paths)) as step:
+        return list(_leaves(paths, old, theirs, sites, step)), mine
+
+
+def _leaves(
+    paths: list[str], old: list[Any], theirs: dict[str, Any], sites: dict[str, Site], step: Callable[[str], None]
+) -> Iterator[Pair]:
+    for path, x in zip(paths, old, strict=True):
+        step(path)
+        x, y = np.asarray(x), np.asarray(theirs[path])
+        if x.shape != y.shape:
+            raise Refusal(f"'{path}' is {x.shape} in the base and {y.shape} in the tuned model.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            if not np.array_equal(x, y):
+                raise Refusal(f"'{path}' holds {x.dtype} and differs: no adapter can have it.")
+            continue
+        site = sites.get(path)
+        why = "" if site else "its axes are not known: only of a matrix named kernel, or with --like ADAPTER"
+        yield Pair(path, site, why, partial(np.asarray, x), partial(np.asarray, y), _svd.differ(x, y))
+
+
+def check_same(one: set[str], two: set[str]) -> None:
+    if one == two:
+        return
+    lines = [
+        f"only in {where}: {_paths.listing([_files.shown(n) for n in sorted(names)], 5)}"
+        for where, names in (("the base", one - two), ("the tuned model", two - one))
+        if names
+    ]
+    raise Refusal("The two models do not have the same tensors.\n  " + "\n  ".join(lines))

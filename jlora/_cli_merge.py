@@ -1,0 +1,339 @@
+"""``jlora merge``: an adapter folded into a model, tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from jlora import _files, _paths
+from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._cli_adapters import Opened, Refusal, new_folder
+from jlora._cli_weights import (
+    FLOATS,
+    OTHER_WEIGHTS,
+    SPELLED,
+    Entry,
+    Layout,
+    Weights,
+    load_checkpoint,
+    save_checkpoint,
+    sync,
+    write_header,
+)
+from jlora._init import fold_path
+from jlora.export import INDEX, ONE, stochastic_round
+
+Step = Callable[[str], None]
+
+
+class Rounding(NamedTuple):
+    """To which dtype, and how.
+
+    Attributes:
+        dtype: ``None`` for each tensor's own.
+        key: For stochastic rounding.
+    """
+
+    dtype: np.dtype | None
+    key: jax.Array | None
+
+    def __call__(self, name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """``x`` in ``dtype``; what is finite stays so, or the call fails."""
+        with np.errstate(all="ignore"):
+            narrower = jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits
+            if self.key is not None and narrower:
+                # JAX has fp64 only on request; its last bits do not matter to 16-bit floats.
+                wide = jnp.asarray(x.astype(np.float32) if dtype.itemsize < 4 else x)
+                y = np.asarray(stochastic_round(fold_path(self.key, name), wide, dtype))
+            else:
+                y = x.astype(dtype)
+            if narrower and not _finite(y) and _finite(x):
+                raise Refusal(f"'{_files.shown(name)}' has values that {dtype} cannot hold.\n  Choose another --dtype.")
+        return y
+
+
+def _finite(x: np.ndarray) -> bool:
+    return bool(np.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x).all())
+
+
+@dataclass
+class Report:
+    """What was done.
+
+    Attributes:
+        lost: For each weight with an update, what rounding lost of it, relative to its norm.
+        replaced: Tensors that the adapter has whole.
+        added: Those of them that the base does not have.
+        copied: Other files that were copied.
+        left_out: Other files and folders that were not.
+    """
+
+    lost: dict[str, float] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def fold(name: str, w: np.ndarray, update: np.ndarray, dtype: np.dtype, rounding: Rounding) -> tuple[np.ndarray, float]:
+    """The merged weight, and what rounding lost of the update."""
+    wide = np.promote_types(np.promote_types(w.dtype, update.dtype), np.float32)
+    w, update = w.astype(wide), update.astype(wide)
+    stored = rounding(name, w + update, dtype)
+    size = np.linalg.norm(update)
+    return stored, float(np.linalg.norm(stored.astype(wide) - w - update) / size) if size > 0 else 0.0
+
+
+# --- safetensors and PEFT ----------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """What becomes of each tensor of a model.
+
+    Args:
+        weights: The model.
+        found: A PEFT adapter.
+        conv1d: See ``Layout``.
+        renamed: A beginning of the adapter's names, and what stands for it in the model's.
+        tied: Names of the adapter that are another name of the model's in PyTorch.
+        add_new: Whether the adapter may have whole tensors that the model does not have.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        found: Opened,
+        *,
+        conv1d: str | None,
+        renamed: tuple[str, str],
+        tied: Mapping[str, str],
+        add_new: bool,
+    ):
+        self.weights, self.layout = weights, Layout(weights, conv1d)
+        self.low: dict[str, tuple[LowRank, bool]] = {}
+        self.full: dict[str, FullWeight] = {}
+        self.added: list[str] = []
+        names = {path: self.name(path, *renamed) for path in found.lora}
+        if renamed != ("", "") and not any(path.startswith(renamed[0]) for path in names):
+            raise Refusal(
+                f"No name of the adapter begins with '{renamed[0]}' (--prefix): {_paths.listing(list(names), 3)}."
+            )
+        for one, two in tied.items():
+            _check_tied(found.lora, one, two)
+        missing = [p for p, n in names.items() if n not in weights and p not in tied]
+        if add_new:
+            self.added = [p for p in missing if isinstance(found.lora[p], FullWeight)]
+        lost = [path for path in missing if path not in self.added]
+        if lost:
+            raise self._not_there(lost, names, found.lora)
+        for path in (p for p in found.lora if p not in tied):
+            self._put(names[path], found.lora[path], found)
+        self.layout.check_used()
+
+    @staticmethod
+    def name(path: str, old: str, new: str) -> str:
+        """The name in the model of a weight of the adapter."""
+        return new + path.removeprefix(old) if path.startswith(old) else path
+
+    def _not_there(self, lost: list[str], names: Mapping[str, str], lora: Mapping[str, Adapter]) -> Refusal:
+        first = names[lost[0]]
+        hints = [f"nearest to the first: {', '.join(_paths.nearest(first, self.weights))}"]
+        for cut in range(1, first.count(".")):
+            tail = ".".join(first.split(".")[cut:])
+            ends = [n for n in self.weights if n == tail or n.endswith(f".{tail}")]
+            if len(ends) == 1:
+                hints.append(f"If these are the same: --prefix {first.removesuffix(tail)}={ends[0].removesuffix(tail)}")
+                break
+        if all(isinstance(lora[path], FullWeight) for path in lost):
+            hints.append("If the adapter brings a head that the base does not have: --add-new")
+        if any(path.endswith("lm_head.weight") for path in lost):
+            hints.append("If the base ties it to its embedding: --tied lm_head.weight=model.embed_tokens.weight")
+        listed = _paths.listing([_files.shown(path) for path in lost], 4)
+        return Refusal(f"The base lacks {len(lost)} of the adapter's weights: {listed}.\n  " + "\n  ".join(hints))
+
+    def _put(self, name: str, adapter: Adapter, found: Opened) -> None:
+        if name in self.low or name in self.full:
+            raise Refusal(f"Two weights of the adapter are '{_files.shown(name)}' in the base.")
+        if name in self.weights:
+            have = self.weights[name]
+            if not self.weights.is_float(name):
+                raise Refusal(
+                    f"'{_files.shown(name)}' in the base holds {have.dtype}, which nothing can be added to.\n"
+                    "  Merge into the model that was not quantised."
+                )
+            if isinstance(adapter, LowRank):
+                self.low[name] = adapter, self._turned(name, have.shape, adapter)
+                return
+            if have.shape != adapter.shape:
+                raise self._unlike(name, have.shape, adapter)
+        assert isinstance(adapter, FullWeight)
+        self.full[name] = adapter
+
+    def _turned(self, name: str, have: tuple[int, ...], adapter: LowRank) -> bool:
+        """Whether the update is to be transposed, its last two axes exchanged."""
+        want = adapter.shape
+        other = (*want[:-2], *want[:-3:-1])
+        matrix = adapter.use == "linear" and len(want) in (2, 3)
+        if not matrix or want != other:
+            if have == want:
+                return False
+            if not matrix or have != other:
+                raise self._unlike(name, have, adapter)
+            if self.layout.pattern is not None:
+                self.layout.is_conv1d(name)
+            return True
+        if have != want:
+            raise self._unlike(name, have, adapter)
+        if len(want) == 3:
+            raise Refusal(
+                f"The slices of '{name}' {want} are square, and which way the factors lie is not in the file.\n"
+                "  Merge it with PEFT, or in Python: jlora.peft.load(folder, sites, names=...), jlora.export.save."
+            )
+        turned = self.layout.is_conv1d(name)
+        if turned is None:
+            raise self.layout.needed(name, want)
+        return turned
+
+    @staticmethod
+    def _unlike(name: str, have: tuple[int, ...], adapter: Adapter) -> Refusal:
+        return Refusal(
+            f"'{_files.shown(name)}' is {have} in the base, and {adapter.shape} in the adapter.\n"
+            "  It was trained on another base, or on one whose table was resized: resize the base's as well."
+        )
+
+
+def _check_tied(lora: Mapping[str, Adapter], one: str, two: str) -> None:
+    """Raises unless two weights of the adapter have one update, or one value."""
+    for path in (one, two):
+        if path not in lora:
+            near = ", ".join(_paths.nearest(path, lora))
+            raise Refusal(f"The adapter has no '{path}' (--tied).\n  nearest: {near}")
+    updates = [np.asarray(x.value if isinstance(x, FullWeight) else x.delta(None)) for x in (lora[one], lora[two])]
+    kinds = {type(lora[one]), type(lora[two])}
+    shapes = {x.shape for x in updates}
+    if len(kinds) > 1 or len(shapes) > 1 or np.linalg.norm(updates[0] - updates[1]) > 1e-5 * np.linalg.norm(updates[0]):
+        raise Refusal(
+            f"'{one}' and '{two}' are one weight in the base (--tied), but were adapted apart.\n"
+            "  No merged model that ties them has both updates: untie the base first."
+        )
+
+
+def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, step: Step) -> Report:
+    """Writes the merged model in the files of the base."""
+    weights, report = plan.weights, Report()
+    name_of = {file: (file if weights.folder is not None else ONE) for file in weights.files}
+    files = {name_of[file]: list(names) for file, names in weights.files.items()}
+    new = [name for name in plan.full if name not in weights]
+    files[list(files)[-1]] += new
+    common = next((FLOATS[t.dtype] for t in weights.values() if t.dtype in FLOATS), np.dtype(np.float32))
+
+    def dtype_of(name: str) -> np.dtype | None:
+        if name in weights and not weights.is_float(name):
+            return None
+        return rounding.dtype or (FLOATS[weights[name].dtype] if name in weights else common)
+
+    def entry(name: str) -> Entry:
+        dtype = dtype_of(name)
+        if dtype is None:
+            have = weights[name]
+            return Entry(name, have.dtype, have.shape, have.size)
+        shape = weights[name].shape if name in weights else plan.full[name].shape
+        return Entry(name, SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+
+    with new_folder(out, "safetensors", force) as part:
+        sizes: dict[str, tuple[str, int]] = {}
+        for file, names in files.items():
+            with open(part / file, "wb") as f:
+                entries = [entry(name) for name in names]
+                write_header(f, entries)
+                for e in entries:
+                    dtype = dtype_of(e.name)
+                    if dtype is None or (e.name in weights and _untouched(plan, e.name, dtype)):
+                        weights.copy(e.name, f)
+                    else:
+                        contents = np.ascontiguousarray(_contents(plan, e.name, dtype, rounding, report))
+                        f.write(contents.reshape(-1).view(np.uint8).data)
+                    sizes[e.name] = file, e.size
+                    step(e.name)
+                sync(f)
+        if (weights.folder is not None and (weights.folder / INDEX).exists()) or len(files) > 1:
+            total = sum(size for _, size in sizes.values())
+            where = {name: file for name, (file, _) in sizes.items()}
+            _files.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        if weights.folder is not None:
+            _copy_rest(weights.folder, part, set(files), rounding.dtype, report)
+    report.added = new
+    report.replaced = [name for name in plan.full if name not in new]
+    return report
+
+
+def _untouched(plan: Plan, name: str, dtype: np.dtype) -> bool:
+    return name not in plan.low and name not in plan.full and FLOATS[plan.weights[name].dtype] == dtype
+
+
+def _contents(plan: Plan, name: str, dtype: np.dtype, rounding: Rounding, report: Report) -> np.ndarray:
+    if name in plan.full:
+        return rounding(name, np.asarray(plan.full[name].value), dtype)
+    w = plan.weights.read(name)
+    if name not in plan.low:
+        return rounding(name, w, dtype)
+    adapter, turned = plan.low[name]
+    update = np.asarray(adapter.delta(None))
+    stored, report.lost[name] = fold(name, w, update.swapaxes(-1, -2) if turned else update, dtype, rounding)
+    return stored
+
+
+def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, report: Report) -> None:
+    """Configuration, tokeniser and whatever else is no weight; the base's weights in other formats are not the merged ones."""
+    for path in sorted(base.iterdir()):
+        if path.name in written or path.name == INDEX:
+            continue
+        if not path.is_file() or OTHER_WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
+            report.left_out.append(path.name)
+            continue
+        shutil.copyfile(path, to / path.name)
+        report.copied.append(path.name)
+    config = to / "config.json"
+    if dtype is not None and config.exists():
+        found = _files.read_json(config)
+        changed = {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(found.get(key), str)}
+        config.write_text(json.dumps(found | changed, indent=2) + "\n", encoding="utf-8")
+
+
+# --- orbax -------------------------------------------------------------------------------------------------------------
+
+
+def merge_checkpoint(base: Path, adapter: Path, out: Path, rounding: Rounding, force: bool, begin: Any) -> Report:
+    """Writes the merged parameters as an orbax checkpoint; the base is in memory once."""
+    params = load_checkpoint(base)
+    lora = jlora.load(adapter, params)
+    paths, leaves, tree = _paths.flatten(params)
+    del params
+    report = Report()
+    with begin(len(paths)) as step:
+        for i, path in enumerate(paths):
+            leaf: Any = leaves[i]
+            own = np.dtype(getattr(leaf, "dtype", np.int32))
+            if own in SPELLED:
+                dtype = rounding.dtype or own
+                if isinstance(lora.get(path), FullWeight):
+                    leaves[i] = rounding(path, np.asarray(lora[path].arrays()["value"]), dtype)
+                    report.replaced.append(path)
+                elif path in lora:
+                    w, update = np.asarray(leaf), np.asarray(lora[path].delta(None))
+                    leaves[i], report.lost[path] = fold(path, w, update, dtype, rounding)
+                elif own != dtype:
+                    leaves[i] = rounding(path, np.asarray(leaf), dtype)
+            elif path in lora:
+                raise Refusal(f"'{path}' in the base holds {own}, which nothing can be added to.")
+            step(path)
+    with new_folder(out, "checkpoint", force) as part:
+        save_checkpoint(part, jax.tree_util.tree_unflatten(tree, leaves))
+    return report

@@ -1,0 +1,55 @@
+"""The command line ``jlora``: adapters and models as folders, without a line of Python. Needs ``pip install "jlora[cli]"``.
+
+This file only gets ready: the commands are in ``_cli_app.py``.
+"""
+
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import warnings
+from typing import NoReturn
+
+NEEDED = ("typer", "rich")
+REFUSED, TERMINATED = 2, 128 + signal.SIGTERM
+
+
+def main() -> NoReturn:
+    """Runs ``jlora`` with the arguments of the process, and exits with the code that docs/cli.md tells."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f'{" and ".join(missing)} missing.\n  pip install "jlora[cli]"', file=sys.stderr)
+        sys.exit(REFUSED)
+    _quiet()
+    _on_cpu()
+    signal.signal(signal.SIGTERM, _terminated)
+    from jlora._cli_app import app
+
+    app(prog_name="jlora")
+    sys.exit(0)
+
+
+def _quiet() -> None:
+    """What libraries say about themselves is not what was asked for."""
+    if "--debug" not in sys.argv:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+
+
+def _on_cpu() -> None:
+    """A tool that reads and writes files takes no accelerator from who trains on it, unless it is told to."""
+    if "JAX_PLATFORMS" not in os.environ:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if "jax" in sys.modules:  # it read the environment when it was imported
+            import jax
+
+            jax.config.update("jax_platforms", "cpu")
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise SystemExit(TERMINATED)  # unlike the signal's default, so that half-written folders are removed
+
+
+if __name__ == "__main__":
+    main()

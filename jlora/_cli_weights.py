@@ -21,7 +21,20 @@ FLOATS: Mapping[str, np.dtype] = {
     for name, dtype in {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.items()
 }
 SPELLED = {dtype: name for name, dtype in FLOATS.items()}
-CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_encoder", "clvp_decoder"})
+CONV1D = frozenset(
+    {
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "clvp_encoder",
+        "clvp_decoder",
+        "jukebox",
+        "jukebox_prior",
+        "jukebox_vqvae",
+    }
+)
 """Models of transformers that have ``Conv1D``, whose weights are (in, out); all others have ``nn.Linear``, (out, in)."""
 OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|tflite)|.*\.index\.json"

@@ -150,6 +150,10 @@ def combine(
     screen, numbers = Screen(json), _numbers(weights, len(given))
     if (method == "dare") != (seed is not None):
         raise Refusal("The method dare needs a --seed, and nothing else does.")
+    if len(given) == 1 and weights is None:
+        raise Refusal(
+            f"There is one adapter to combine, {given[0]}.\n  The order is: jlora combine OUT ADAPTER ADAPTER..."
+        )
     found = adapters.open_several(given)
     out = adapters.free(out, found[0].format, force, given)
     whole = [(path, x.path) for x in found for path in adapters.outright(x)]

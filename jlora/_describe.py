@@ -148,7 +148,7 @@ def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ..
     axes = sorted(d for group in groups for d in group)
     if groups and axes != list(range(len(shapes[path]))):
         raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
-    if isinstance(adapter, LowRank) and not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 1):
+    if isinstance(adapter, LowRank) and not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 0):
         raise ValueError(
             f"The description of the adapter is damaged: '{path}' has window {adapter.window}, groups {adapter.groups}."
         )

@@ -83,6 +83,10 @@ def layer_of(axes: Axes, place: Place) -> Layer:
             "  Give the name an index {} for each of the others."
         )
     if axes.batch or not place.weight.name.endswith(".weight"):
+        if not axes.batch and place.path.split("/")[-1] in ("kernel", "embedding"):
+            raise ValueError(
+                f"The name '{place.weight.name}' of '{place.path}' does not end in '.weight': it is that of a module, not of its parameter."
+            )
         return "parameter"
     if axes.window:
         return "conv"
@@ -142,6 +146,23 @@ def factors_from_peft(x: np.ndarray, y: np.ndarray, axes: Axes, layer: Layer) ->
     return x.T.reshape(*inputs, -1), y.T.reshape(-1, *outputs)
 
 
+def is_across(axes: Axes, weight: Weight, *, old: bool = False) -> bool:
+    """Whether A of a parameter runs along its outputs: PEFT takes the last axis for the inputs, and up to 0.18 (``old``) that before."""
+    if old and axes.batch:
+        return weight.layout != "in_out"
+    return weight.layout == "in_out" and not (weight.is_transposed and bool(axes.batch))
+
+
+def turned(axes: Axes) -> Axes:
+    """``axes`` with inputs and outputs exchanged."""
+    return axes._replace(inputs=axes.outputs, outputs=axes.inputs)
+
+
+def turned_factors(a: np.ndarray, b: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of the transposed matrices."""
+    return np.moveaxis(b, batch, -1), np.moveaxis(a, -1, batch)
+
+
 def rotate(y: np.ndarray, heads: int | None, *, back: bool) -> np.ndarray:
     """Rows of each head with rotary pairs side by side, reordered to halves; ``back`` is the inverse."""
     if heads is None:
@@ -165,6 +186,11 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
         flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
         return list(range(len(axes.shape))), flat
     if axes.window:
+        if axes.groups == 0:
+            raise ValueError(
+                f"'{weight.name}' is a transposed convolution, whose kernel lies differently in PyTorch.\n"
+                "  Leave it out: names={path: ()}."
+            )
         kernel = tuple(axes.shape[d] for d in axes.window)
         channels = prod(axes.shape[d] for d in axes.channels)
         return [*axes.outputs, *axes.channels, *axes.window], (o, channels, *kernel)

@@ -27,6 +27,7 @@ class Weight:
             tell: to write a whole weight (by default ``"out_in"``), and for square experts.
         rotary_heads: Number of heads, if the leaf has rotary pairs side by side ``(x0, x1), (x2, x3), ...`` and the PyTorch weight
             ``(x0, x[d/2]), ...``: then the rows of each head are exchanged.
+        is_transposed: Of experts that are ``"in_out"``: whether their module has this attribute, which PEFT asks since 0.19.
         nesting: Where several 3-D parameters of one module are adapted, the place of this one among them, from 0, in the order in
             which the module registers them: PEFT's keys do not name it.
     """
@@ -35,11 +36,16 @@ class Weight:
     layout: Literal["out_in", "in_out"] | None = None
     rotary_heads: int | None = None
     nesting: int | None = None
+    is_transposed: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ValueError(
                 f"The name of a PyTorch parameter is its keys joined by dots, as in its state_dict.\n  got: {self.name!r}"
+            )
+        if self.name.startswith("base_model."):
+            raise ValueError(
+                f"The name of a PyTorch parameter is that of the base, without PEFT's 'base_model.model.'.\n  got: {self.name!r}"
             )
         if self.layout not in (None, "out_in", "in_out"):
             raise ValueError(f"Weight(layout=...) must be 'out_in' or 'in_out'.\n  got: {self.layout!r}")
@@ -187,10 +193,13 @@ def _filled(named: Named, match: re.Match[str] | None) -> Named:
     r"""``named`` with what the pattern's groups matched in place of ``\1`` and ``\g<name>``."""
     if match is None:
         return named
-    if isinstance(named, str):
-        return match.expand(named)
-    if isinstance(named, Weight):
-        return replace(named, name=match.expand(named.name))
+    try:
+        if isinstance(named, str):
+            return match.expand(named)
+        if isinstance(named, Weight):
+            return replace(named, name=match.expand(named.name))
+    except (re.error, IndexError) as error:
+        raise ValueError(f"The name {named!r} does not fit its pattern {match.re.pattern!r}: {error}.") from None
     return [_filled(n, match) for n in named] if isinstance(named, Sequence) else named  # type: ignore[misc]
 
 

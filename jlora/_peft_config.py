@@ -73,6 +73,7 @@ class Config(NamedTuple):
     partial: bool
     saved: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
+    tying: bool
     version: tuple[int, ...]
 
     def rank_of(self, key: str) -> int:
@@ -127,6 +128,7 @@ def read(folder: Path) -> Config:
         c.get("layers_to_transform") is not None,
         _strings(file, "modules_to_save", c.get("modules_to_save") or []),
         _tokens(file, c.get("trainable_token_indices") or {}),
+        c.get("ensure_weight_tying") is True,
         _version(c.get("peft_version")),
     )
 

@@ -19,6 +19,8 @@ from jlora._sites import Site, Sites
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
+
 _ROLES = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -157,18 +159,18 @@ class Reader:
             raise ValueError(
                 f"'{_files.shown(roles['a'])}' is not what PEFT has for '{place.path}', which is used as {axes.use}."
             )
-        if axes.groups > 1:
+        if axes.groups != 1:
             raise ValueError(
-                f"'{place.path}' is a convolution in {axes.groups} groups, where PEFT's factors are another shape.\n"
+                f"'{place.path}' is a convolution in groups, or transposed, where PEFT's factors are another shape.\n"
                 "  Merge the adapter into its base with PEFT, and extract one."
             )
         count = axes.experts if layer == "parameter" else 1
         rank = (a[0] if a else 0) // max(count, 1)
         swapped = layer == "parameter" and self.is_swapped(place, axes, rank, (a, b))
-        turned = axes._replace(inputs=axes.outputs, outputs=axes.inputs) if swapped else axes
+        turned = _layouts.turned(axes) if swapped else axes
         wanted = _layouts.factor_shapes(turned, layer, rank)
         flat = all(_without_ones(x) == _without_ones(w) for x, w in zip((a, b), wanted, strict=True))
-        if not rank or not flat or rank > max(axes.sizes):
+        if not rank or not flat or rank > max(MAX_RANK, *axes.sizes):
             raise ValueError(
                 f"The factors of '{_files.shown(module)}' do not fit '{place.path}' {axes.shape}.\n"
                 f"  got: {a} and {b}; needed for rank r: {_spelled(_layouts.factor_shapes(turned, layer, 1), axes, layer)}"
@@ -200,17 +202,17 @@ class Reader:
 
     def is_swapped(self, place: Place, axes: Axes, rank: int, shapes: Any) -> bool:
         """Whether A runs along the outputs: PEFT took the last axis of experts for the inputs since 0.19, the middle one before."""
-        turned = axes._replace(inputs=axes.outputs, outputs=axes.inputs)
-        straight, across = (_layouts.factor_shapes(x, "parameter", rank) == shapes for x in (axes, turned))
+        straight, across = (
+            _layouts.factor_shapes(x, "parameter", rank) == shapes for x in (axes, _layouts.turned(axes))
+        )
         if straight != across:
             return across
-        layout, old = place.weight.layout, self.config.version < (0, 19)
-        if layout is None or not self.config.version:
+        if axes.batch and (place.weight.layout is None or not self.config.version):
             raise ValueError(
                 f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.\n"
                 "  Say so in names: Weight(name, layout='out_in')."
             )
-        return old and layout == "out_in"
+        return _layouts.is_across(axes, place.weight, old=self.config.version < (0, 19))
 
     # --- The whole ---
 
@@ -225,11 +227,6 @@ class Reader:
             )
         have = {pair.place.weight.name for pair in pairs}
         begun = {(pair.place.path, pair.place.at) for pair in pairs}
-        begun |= (
-            set()
-            if self.config.partial
-            else {(pair.place.path, place.at) for pair in pairs for place in self.places[pair.place.path]}
-        )
         missing = [
             place.weight.name
             for path, several in self.places.items()
@@ -245,9 +242,17 @@ class Reader:
     def is_target(self, place: Place) -> bool:
         """Whether the configuration says that a weight is adapted."""
         module = place.weight.module
+        if self.is_saved(module):
+            return False
         if place.path not in self.sites or self.config.partial or not place.weight.name.endswith(".weight"):
             return False
         return any(module == t or module.endswith(f".{t}") for t in self.config.targets)
+
+    def is_saved(self, module: str) -> bool:
+        """Whether the configuration says that a module, or one that it is in, is saved whole; PEFT compares the ends of names."""
+        parts = module.split(".")
+        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return any(name.endswith(m) for name in around for m in self.config.saved)
 
     def read(self, key: str) -> np.ndarray:
         """One tensor."""
@@ -257,10 +262,8 @@ class Reader:
         """The factors of a slice in the leaf's layout."""
         x, y = (self.read(pair.keys[role]) for role in ("a", "b"))
         if pair.swapped:
-            turned = pair.axes._replace(inputs=pair.axes.outputs, outputs=pair.axes.inputs)
-            a, b = _layouts.factors_from_peft(x, y, turned, pair.layer)
-            n = len(pair.axes.batch)
-            return np.moveaxis(b, n, -1), np.moveaxis(a, -1, n)
+            a, b = _layouts.factors_from_peft(x, y, _layouts.turned(pair.axes), pair.layer)
+            return _layouts.turned_factors(a, b, len(pair.axes.batch))
         y = _layouts.rotate(y, pair.place.weight.rotary_heads, back=True)
         return _layouts.factors_from_peft(x, y, pair.axes, pair.layer)
 

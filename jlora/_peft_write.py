@@ -145,9 +145,9 @@ class Writer:
     def factors(self, path: str, adapter: LowRank) -> None:
         """Adds the factors of a leaf."""
         axes = self.axes(path)
-        if axes.groups > 1:
+        if axes.groups != 1:
             raise ValueError(
-                f"PEFT has no factors for '{path}', a convolution in {axes.groups} groups.\n  Merge it instead."
+                f"PEFT has no factors for '{path}', a convolution in groups, or transposed.\n  Merge it instead."
             )
         several = self.places[path]
         if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
@@ -160,6 +160,9 @@ class Writer:
             layer = _layouts.layer_of(part, place)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
+            if layer == "parameter" and _layouts.is_across(part, place.weight):
+                a, b = _layouts.turned_factors(a, b, len(part.batch))
+                part = _layouts.turned(part)
             x, y = _layouts.factors_to_peft(a, b, part, layer)
             y = _layouts.rotate(y, place.weight.rotary_heads, back=False)
             self.pair(place, layer, adapter.rank, x.astype(self.dtype or a.dtype), y.astype(self.dtype or a.dtype))
@@ -237,8 +240,29 @@ class Writer:
         value = _layouts.at(self.params[place.path], axes, place.at)
         self.tensors[f"{PREFIX}{name}"] = _layouts.to_torch(value, axes.at(place.at), place.weight)
 
+    def _check_nested(self) -> None:
+        """Raises where PEFT would look for tensors under other names, or take them for another module's."""
+        wrapped = {name.rpartition(".")[0] for name in self.parameters}
+        for module in sorted(wrapped):
+            ours = f"{PREFIX}{module}."
+            inside = [k for k in self.tensors if k.startswith(ours) and ".lora_" not in k.removeprefix(PREFIX + module)]
+            inside += [m for m in self.modules if m.startswith(f"{module}.")]
+            if inside:
+                raise ValueError(
+                    f"Parameters of '{module}' are adapted, and so is '{inside[0].removeprefix(PREFIX)}' inside it: PEFT's keys for both "
+                    "together are not written.\n  Leave one of them out."
+                )
+        for module in sorted(self.saved):
+            alike = [m for m in (*self.modules, *wrapped) if m.endswith(module) or m.startswith(f"{module}.")]
+            alike += [n for n in self.by_name if n.startswith(f"{module}.") and n.count(".") > module.count(".") + 1]
+            if alike:
+                raise ValueError(
+                    f"PEFT would take modules_to_save='{module}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
+                )
+
     def finish(self, portable: bool) -> dict[str, Any]:
         """Brings all factors to one rank, or says which have another; returns what the configuration says of ranks."""
+        self._check_nested()
         ranks = {key: rank for key, (_, rank, _) in self.pairs.items()}
         if not ranks:
             raise ValueError(
@@ -249,7 +273,8 @@ class Writer:
             counts[rank] += 1
         most = max(ranks.values()) if portable else max(counts, key=lambda r: (counts[r], r))
         if not portable:
-            others = {key: rank for key, rank in ranks.items() if rank != most}
+            # Anchored: PEFT lets a pattern match the end of a longer name.
+            others = {f"^{key}": rank for key, rank in ranks.items() if rank != most}
             return {"rank": most, "ranks": others, "alphas": others}
         for layer, rank, (a, b) in self.pairs.values():
             self.tensors[a], self.tensors[b] = _padded(self.tensors[a], self.tensors[b], layer, rank, most)

@@ -181,7 +181,12 @@ def _conv_use(eqn: Eqn, position: int) -> Use | None:
     if position == 0 or eqn.params["batch_group_count"] != 1:
         return None
     _, summed, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    return Use("conv", (summed, *spatial), (), tuple(spatial), eqn.params["feature_group_count"])
+    return Use("conv", (summed, *spatial), (), tuple(spatial), _groups(eqn))
+
+
+def _groups(eqn: Eqn) -> int:
+    """The groups of a convolution; 0 if it is a transposed one."""
+    return 0 if any(n != 1 for n in eqn.params["lhs_dilation"] or ()) else int(eqn.params["feature_group_count"])
 
 
 def ragged_use(eqn: Eqn, position: int) -> Use | None:

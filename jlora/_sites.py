@@ -32,7 +32,7 @@ class Site:
         uses: Every use found.
         head: Whether it is an output head: an output of the function depends on other weights only through it.
         window: Those of ``inputs`` that the window of a convolution runs along.
-        groups: Of a grouped convolution, the number of its groups.
+        groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, whose input is dilated.
         reason: Why the leaf cannot be adapted; empty if it can.
     """
 
@@ -171,8 +171,21 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
         roles = axes[:-1], axes[-1:], ()
     inputs, outputs, batch = roles
     window = tuple(sorted(union(record.window for record in linear) & frozenset(inputs)))
-    groups = max((record.groups for record in linear), default=1)
-    return Site(path, tuple(shape), dtype, kind, inputs, outputs, batch, uses, head, reason, window, groups)
+    groups = {record.groups for record in linear} or {1}
+    return Site(
+        path,
+        tuple(shape),
+        dtype,
+        kind,
+        inputs,
+        outputs,
+        batch,
+        uses,
+        head,
+        reason,
+        window,
+        0 if 0 in groups else max(groups),
+    )
 
 
 def _roles(ndim: int, records: list[Record]) -> tuple[tuple[int, ...], ...]:

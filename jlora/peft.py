@@ -205,7 +205,7 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
             found[place.path][place] = _with_rows(reader, key, part.module, place)
         elif reader.alone and part.role == "weight" and f"{part.module}.weight" in lows:
             continue
-        elif last != "bias" and not _is_saved(reader, part.module) and not reader.alone:
+        elif last != "bias" and not reader.is_saved(part.module) and not reader.alone:
             _check_equal(reader, key, place)
         else:
             found[place.path][place] = _value(reader, key, place)
@@ -215,11 +215,25 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
         start = _known(reader, place, key) if start is None else start
         more = _layouts.from_torch(reader.read(key), reader.axes(place), place.weight)
         found[place.path][place] = start + more.astype(start.dtype) * np.asarray(pair.scale, start.dtype)
+    rows = {part.module for part in reader.parts.values() if part.role == "tokens"}  # which PEFT keeps tied
+    for path, slices in found.items():
+        if not reader.config.tying and not any(place.weight.module in rows for place in slices):
+            _check_shared(reader, path, slices)
     return {path: _stack(reader, path, slices, dtype) for path, slices in found.items()}
 
 
-def _is_saved(reader: Reader, module: str) -> bool:
-    return any(module == m or module.endswith(f".{m}") for m in reader.config.saved)
+def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray]) -> None:
+    """PEFT unties a table and a head of which it saves one: here they are one leaf."""
+    given = {place.at for place in slices}
+    lacking = [place.weight.name for place in reader.places[path] if place.at in given and place not in slices]
+    if lacking:
+        raise ValueError(
+            f"'{path}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {_paths.listing(lacking, 3)}.\n"
+            "  Give the base a leaf for each."
+        )
+
+
+_PRECISION = {"bfloat16": 8e-3, "BF16": 8e-3, "float16": 1e-3, "F16": 1e-3}
 
 
 def _value(reader: Reader, key: str, place: Place) -> np.ndarray:
@@ -244,7 +258,10 @@ def _known(reader: Reader, place: Place, key: str) -> np.ndarray:
 def _check_equal(reader: Reader, key: str, place: Place) -> None:
     """Weights of the base that the file carries must be the base's: an adapter does not replace what it does not say it does."""
     mine, theirs = _known(reader, place, key), _value(reader, key, place)
-    if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=1e-2, atol=1e-6):
+    # As fine as both are stored: what was trained a little must not pass for rounding.
+    base, file = str(np.asarray(reader.params[place.path]).dtype), reader.tensors.header[key].dtype
+    precision = max(_PRECISION.get(base, 1e-5), _PRECISION.get(file, 1e-5))
+    if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=precision, atol=1e-6):
         raise ValueError(
             f"The adapter carries '{_files.shown(key)}', which is not what '{place.path}' is in the base, and does not list it in "
             "modules_to_save.\n  It was trained on another base, or its vocabulary was changed."

@@ -667,6 +667,7 @@ def test_combining_peft_adapters_of_different_targets(here):
 
 
 def test_combining_is_refused(here, own):
+    assert "The order is: jlora combine OUT ADAPTER ADAPTER" in call("combine", "one", "two", "--force", code=2)
     assert "2 weights, 1 adapters" in call("combine", "x", "one", "--weights", "1,2", code=2)
     assert "takes numbers and commas" in call("combine", "x", "one", "--weights", "a", code=2)
     assert "finite" in call("combine", "x", "one", "--weights", "nan", code=2)

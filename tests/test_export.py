@@ -16,6 +16,7 @@ from test_peft import promotion as promotion
 
 import jlora
 import jlora.export
+import jlora.peft
 
 
 def net(params, x):
@@ -277,3 +278,16 @@ def test_a_wrong_index_is_refused(index, message, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="There are no weights at"):
         jlora.export.load(tmp_path, PARAMS, sites=SITES)
+
+
+def test_a_transposed_convolution_is_refused(tmp_path):
+    def fn(params, x):
+        return jax.lax.conv_transpose(x, params["up"]["kernel"], (2,), "VALID")
+
+    params = {"up": {"kernel": jnp.ones((3, 4, 4))}}
+    sites = jlora.sites(fn, params, jnp.ones((1, 5, 4)))
+    with pytest.raises(ValueError, match=r"'up.weight' is a transposed convolution"):
+        jlora.export.save(tmp_path / "m", params, sites=sites)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets=".*"))
+    with pytest.raises(ValueError, match="a convolution in groups, or transposed"):
+        jlora.peft.save(tmp_path / "a", lora)

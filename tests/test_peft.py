@@ -310,7 +310,7 @@ def square(params, x):
 
 @pytest.mark.parametrize(
     ("version", "layout", "across"),
-    [("0.19.0", "out_in", False), ("0.18.1", "out_in", True), ("0.18.1", "in_out", False), ("0.21.2", "in_out", False)],
+    [("0.19.0", "out_in", False), ("0.18.1", "out_in", True), ("0.18.1", "in_out", True), ("0.21.2", "in_out", False)],
 )
 def test_square_experts_by_version(tmp_path, version, layout, across):
     params = {"experts": jnp.ones((3, 4, 4))}
@@ -334,6 +334,8 @@ NAMES_ERRORS = [
     ({"up/kernel": 3}, TypeError, "must be a string, a Weight, or several"),
     (["up/kernel"], TypeError, "names must be a dict"),
     ({"up/kernel": "up/weight"}, ValueError, "keys joined by dots"),
+    ({"up/kernel": "base_model.model.up.weight"}, ValueError, "without PEFT's 'base_model.model.'"),
+    ({"(up)/kernel": r"\2.weight"}, ValueError, r"does not fit its pattern '\(up\)/kernel': invalid group reference"),
 ]
 
 
@@ -344,6 +346,11 @@ def test_names_are_refused(saved, tmp_path, names, error, message):
     with pytest.raises(error, match=message):
         jlora.peft.save(tmp_path / "b", fresh(), names=names)
     assert not (tmp_path / "b").exists()
+
+
+def test_the_name_of_a_module_is_none_of_a_parameter(tmp_path):
+    with pytest.raises(ValueError, match=r"'up' of 'up/kernel' does not end in '\.weight': it is that of a module"):
+        jlora.peft.save(tmp_path / "a", fresh(), names={"up/kernel": "up"})
 
 
 def test_bad_weights():
@@ -419,7 +426,7 @@ def test_a_grouped_convolution_is_refused(tmp_path):
     params = {"kernel": jnp.ones((3, 2, 6))}
     sites = jlora.sites(fn, params, jnp.ones((1, 5, 4)))
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="kernel"))
-    with pytest.raises(ValueError, match="a convolution in 2 groups"):
+    with pytest.raises(ValueError, match="a convolution in groups, or transposed"):
         jlora.peft.save(tmp_path / "a", lora, names={"kernel": "conv.weight"})
 
 
@@ -437,3 +444,83 @@ def test_a_tied_table_needs_both_names(tmp_path):
 def test_rows_that_are_no_heads_are_refused(tmp_path):
     with pytest.raises(ValueError, match="5 rows are no 4 heads of rotary pairs"):
         jlora.peft.save(tmp_path / "a", fresh(), names={"up/kernel": Weight("up.weight", rotary_heads=4)})
+
+
+def test_a_tied_table_of_which_one_use_is_replaced_is_refused(tmp_path):
+    """PEFT unties them; with ensure_weight_tying it does not."""
+    port, want = PORTS["llama_tied"](), expected("llama_tied")
+    sites, params = base_of("llama_tied", port, want["x"])
+    names = dict(port.names)
+    rule = [jlora.Full(targets="embed"), jlora.LoRA(rank=2, targets="layers/q")]
+    jlora.peft.save(tmp_path / "a", jlora.init(jax.random.key(0), params, sites, rule), names=names, sites=sites)
+    both = jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+    assert isinstance(both["embed"], jlora.FullWeight)
+    edit(tmp_path / "a", {"modules_to_save": ["model.embed_tokens"]}, {"base_model.model.lm_head.weight": None})
+    with pytest.raises(
+        ValueError, match=r"'embed' is one leaf here, but the adapter replaces only some .* not lm_head\.weight"
+    ):
+        jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+    edit(tmp_path / "a", {"ensure_weight_tying": True})
+    jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+
+
+def test_what_is_inside_a_saved_module_is_saved(saved):
+    """Also if it was trained but a little, which must not pass for the base's rounding."""
+    edit(
+        saved,
+        {"target_modules": ["up"]},
+        {k: None for k in load_file(saved / "adapter_model.safetensors") if ".down." in k},
+    )
+    little = np.full((7, 5), 1.004, np.float32)
+    edit(saved, {}, {"base_model.model.down.weight": little})
+    with pytest.raises(ValueError, match="is not what 'down/kernel' is in the base"):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+    edit(saved, {"modules_to_save": ["own"]})  # PEFT compares the ends of names
+    np.testing.assert_array_equal(jlora.peft.load(saved, SITES)["down/kernel"].value, little.T)
+
+
+def test_layers_that_a_pattern_left_out_may_be_missing(tmp_path):
+    port, want = PORTS["llama"](), expected("llama")
+    sites, _ = base_of("llama", port, want["x"])
+    shutil.copytree(FOLDER / "llama", tmp_path / "a")
+    gone = {k: None for k in load_file(tmp_path / "a" / "adapter_model.safetensors") if ".layers.1." in k}
+    edit(tmp_path / "a", {"target_modules": r".*layers\.0\..*_proj"}, gone)
+    assert not bool(jlora.peft.load(tmp_path / "a", sites, names=port.names)["layers/q"].delta()[1].any())
+
+
+def nested(params, x):
+    y = jnp.einsum("etd,edh->eth", jnp.broadcast_to(x, (3, *x.shape)), params["moe"]["w"]).sum(0)
+    return (
+        y @ params["moe"]["gate"]["kernel"]
+        + params["moe"]["bias"]
+        + params["proj"]["bias"] @ params["in_proj"]["kernel"]
+    )
+
+
+NESTED = {
+    "moe": {"w": jnp.ones((3, 4, 4)), "gate": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)},
+    "proj": {"bias": jnp.ones(4)},
+    "in_proj": {"kernel": jnp.ones((4, 4))},
+}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [jlora.LoRA(rank=2, targets=["moe/w", "moe/gate/kernel"])],
+            "Parameters of 'moe' are adapted, and so is 'moe.gate' inside",
+        ),
+        ([jlora.LoRA(rank=2, targets="moe/w"), jlora.Full(targets="moe/bias")], "and so is 'moe.bias' inside"),
+        (
+            [jlora.LoRA(rank=2, targets="in_proj/kernel"), jlora.Full(targets="moe/w")],
+            "modules_to_save='moe' for 'moe.gate.weight' too",
+        ),
+    ],
+)
+def test_what_peft_would_file_elsewhere_is_refused(rules, message, tmp_path):
+    sites = jlora.sites(nested, NESTED, jnp.ones((2, 4)))
+    lora = jlora.init(jax.random.key(0), NESTED, sites, rules)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.save(tmp_path / "a", lora, sites=sites, params=NESTED)
+    assert not (tmp_path / "a").exists()

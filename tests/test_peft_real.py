@@ -130,3 +130,53 @@ def in_peft(kind, x, folder):
         out = make.outputs(model, torch.as_tensor(np.array(x)))
     assert not unused, unused  # PEFT only warns of what a file does not have
     return jnp.asarray(out.numpy())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_square_experts_in_either_layout(layout, is_transposed, tmp_path):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(3, 4, 4))
+            if is_transposed:
+                self.is_transposed = True
+
+        def forward(self, x):
+            return torch.einsum("td,edh->eth" if layout == "in_out" else "td,ehd->eth", x, self.w).sum(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = Experts()
+
+        def forward(self, x):
+            return self.moe(x)
+
+    if is_transposed and layout == "out_in":
+        pytest.skip("a module that says so stores (experts, in, out)")
+    torch.manual_seed(0)
+    base = Model()
+    w = base.moe.w.detach().numpy()
+    params = {"w": jnp.asarray(w if layout == "in_out" else w.swapaxes(1, 2))}
+    fn = lambda p, x: jnp.einsum("etd,edh->eth", jnp.broadcast_to(x, (3, *x.shape)), p["w"]).sum(0)  # noqa: E731
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
+    sites = jlora.sites(fn, params, x)
+    names = {"w": jlora.peft.Weight("moe.w", layout, is_transposed=is_transposed)}
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets="w")])
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()(torch.as_tensor(np.array(x))).numpy()
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x), atol=1e-4)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Model(), LoraConfig(r=2, target_modules=[], target_parameters=["moe.w"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "b")
+    again = jlora.peft.load(tmp_path / "b", sites, names=names)
+    with torch.no_grad():
+        theirs = model.eval()(torch.as_tensor(np.array(x))).numpy()
+    np.testing.assert_allclose(jlora.wrap(fn)(params, again, x), theirs, atol=1e-4)

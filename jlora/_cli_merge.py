@@ -28,6 +28,7 @@ from jlora._cli_weights import (
     write_header,
 )
 from jlora._init import fold_path
+from jlora._peft_read import open_tensors, part_of
 from jlora.export import INDEX, ONE, stochastic_round
 
 Step = Callable[[str], None]
@@ -136,6 +137,38 @@ class Plan:
         for path in (p for p in found.lora if p not in tied):
             self._put(names[path], found.lora[path], found)
         self.layout.check_used()
+        self._check_carried(found.path, renamed)
+        self._check_untied(tied)
+
+    def _check_carried(self, adapter: Path, renamed: tuple[str, str]) -> None:
+        """PEFT writes the base's embedding beside factors for it, and loads it from there: it has to be the base's."""
+        tensors = open_tensors(adapter)
+        for key in tensors.header:
+            part = part_of(key)
+            name = self.name(f"{part.module}.weight", *renamed)
+            if part.role != "weight" or not key.endswith(".base_layer.weight") or name not in self.weights:
+                continue
+            mine, theirs = self.weights.read(name), tensors.read(key)
+            coarse = max(float(jnp.finfo(x.dtype).eps) for x in (mine, theirs))
+            mine, theirs = mine.astype(np.float32), theirs.astype(np.float32)
+            if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2 * coarse, atol=1e-6):
+                raise Refusal(
+                    f"The adapter carries '{_files.shown(key)}', which is not '{_files.shown(name)}' of the base.\n"
+                    "  It was trained on another base, or its vocabulary was changed."
+                )
+
+    def _check_untied(self, tied: Mapping[str, str]) -> None:
+        """Where the base ties its head to its embedding, PEFT changes only the one that the adapter is for."""
+        if self.weights.config().get("tie_word_embeddings") is not True or tied:
+            return
+        ends = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head", "embed_out", "embed_in")
+        changed = [n for n in (*self.low, *self.full) if n.removesuffix(".weight").split(".")[-1] in ends]
+        if changed:
+            raise Refusal(
+                f"config.json says that head and embedding are one, and the adapter changes '{_files.shown(changed[0])}' alone: as PEFT "
+                "has it they are two from then on.\n"
+                "  If it was trained with both tied: --tied lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
+            )
 
     @staticmethod
     def name(path: str, old: str, new: str) -> str:

@@ -783,6 +783,22 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
         assert before == sorted(p.name for p in here.iterdir()), args
 
 
+def test_merge_into_a_base_that_the_adapter_was_not_made_for(here):
+    """The embedding that PEFT writes beside factors for it must be the base's; a tied head must not come apart unseen."""
+    base = base_of("llama_embedding", here)
+    call("merge", base, PEFT / "llama_embedding", "right")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"][9:] += 2
+    save_file(tensors, base / "model.safetensors")
+    assert "which is not 'model.embed_tokens.weight' of the base" in call(
+        "merge", base, PEFT / "llama_embedding", "out", code=2
+    )
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
+    save_file(load_file(PEFT / "llama_embedding" / "base.safetensors"), base / "model.safetensors")
+    assert "head and embedding are one" in call("merge", base, PEFT / "llama_embedding", "out", code=2)
+    assert not (here / "out").exists()
+
+
 SCRIPT = """
 import os, signal, sys, time
 from jlora import _cli_merge, cli

@@ -19,13 +19,11 @@ from jlora._cli_weights import (
     FLOATS,
     OTHER_WEIGHTS,
     SPELLED,
-    Entry,
     Layout,
     Weights,
     load_checkpoint,
     save_checkpoint,
     sync,
-    write_header,
 )
 from jlora._init import fold_path
 from jlora._peft_read import open_tensors, part_of
@@ -272,20 +270,20 @@ def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, st
             return None
         return rounding.dtype or (FLOATS[weights[name].dtype] if name in weights else common)
 
-    def entry(name: str) -> Entry:
+    def entry(name: str) -> _files.Entry:
         dtype = dtype_of(name)
         if dtype is None:
             have = weights[name]
-            return Entry(name, have.dtype, have.shape, have.size)
+            return _files.Entry(name, have.dtype, have.shape, have.size)
         shape = weights[name].shape if name in weights else plan.full[name].shape
-        return Entry(name, SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return _files.Entry(name, SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
 
     with new_folder(out, "safetensors", force) as part:
         sizes: dict[str, tuple[str, int]] = {}
         for file, names in files.items():
             with open(part / file, "wb") as f:
                 entries = [entry(name) for name in names]
-                write_header(f, entries)
+                _files.write_header(f, entries)
                 for e in entries:
                     dtype = dtype_of(e.name)
                     if dtype is None or (e.name in weights and _untouched(plan, e.name, dtype)):

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -165,27 +165,6 @@ def _header(file: Path) -> dict[str, Tensor]:
         start, end = x["data_offsets"]
         tensors[name] = Tensor(file, x["dtype"], tuple(x["shape"]), 8 + length + start, end - start)
     return tensors
-
-
-class Entry(NamedTuple):
-    """A tensor that is to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-
-
-def write_header(f: BinaryIO, entries: Sequence[Entry]) -> None:
-    """What stands before the contents."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for e in entries:
-        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [start, start + e.size]}
-        start += e.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    f.write(len(text).to_bytes(8, "little") + text)
 
 
 def sync(f: BinaryIO) -> None:

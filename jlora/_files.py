@@ -11,9 +11,9 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +170,27 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
     ready = {name: np.ascontiguousarray(np.asarray(x)) for name, x in sorted(tensors.items())}
     safetensors().numpy.save_file(ready, file, {"format": "pt"})
     _sync(file)
+
+
+class Entry(NamedTuple):
+    """A tensor that is to be written: its name, its dtype as the format has it, its shape and its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+def write_header(f: BinaryIO, entries: Iterable[Entry]) -> None:
+    """What stands before the contents of a file: the library writes one only from tensors that are all in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for e in entries:
+        header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [start, start + e.size]}
+        start += e.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    f.write(len(text).to_bytes(8, "little") + text)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -4,11 +4,10 @@ Leaves are merged and written one by one, so that no second copy of the base is 
 ``pip install "jlora[peft]"``.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def save(
     with _files.new_folder(path, **options) as part:
         for file, entries in shards.items():
             with open(part / file, "wb") as f:
-                _write_header(f, entries)
+                _files.write_header(f, (_files.Entry(e.name, _NAMES[str(e.dtype)], e.shape, e.bytes) for e in entries))
                 for entry in entries:
                     f.write(export.contents(entry))
                     done += 1
@@ -306,22 +305,6 @@ def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
     if len(groups) == 1:
         return {ONE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _write_header(f: BinaryIO, entries: list[_Entry]) -> None:
-    """What stands before the contents: the library writes a file only from tensors that are all in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for e in entries:
-        header[e.name] = {
-            "dtype": _NAMES[str(e.dtype)],
-            "shape": list(e.shape),
-            "data_offsets": [start, start + e.bytes],
-        }
-        start += e.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    f.write(len(text).to_bytes(8, "little") + text)
 
 
 def _index(shards: Mapping[str, list[_Entry]]) -> dict[str, Any]:

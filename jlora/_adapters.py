@@ -176,6 +176,13 @@ class FullWeight(Adapter):
     Attributes:
         value: The trained leaf, shape of the base's; at least fp32, for updates smaller than bf16 can hold.
         base: Fingerprint of the tree the adapter was made for.
+        use: How the model uses the leaf, as ``Site.kind``; empty if that is not known. It says, with the others, how the leaf lies
+            in formats of other libraries; here nothing needs it.
+        inputs: As of ``LowRank``, and so are the others; empty of a leaf without a product.
+        outputs: See ``inputs``.
+        batch: See ``inputs``.
+        window: See ``inputs``.
+        groups: See ``inputs``.
     """
 
     kind: ClassVar[str] = "full"
@@ -183,6 +190,12 @@ class FullWeight(Adapter):
 
     value: jax.Array
     base: Fingerprint = static()
+    use: str = static(default="")
+    inputs: tuple[int, ...] = static(default=())
+    outputs: tuple[int, ...] = static(default=())
+    batch: tuple[int, ...] = static(default=())
+    window: tuple[int, ...] = static(default=())
+    groups: int = static(default=1)
 
     @property
     def shape(self) -> tuple[int, ...]:

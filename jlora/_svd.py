@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _jax
 from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
-from jlora._init import fold_path, of_site
+from jlora._advice import Advised
+from jlora._init import fold_path, of_site, whole_of_site
 from jlora._rules import Full, Rule
 from jlora._sharding import shardings
 from jlora._sites import Site
@@ -223,7 +224,7 @@ def extract(w: Any, v: Any, rule: Rule, site: Site, base: Fingerprint) -> tuple[
     """The adapter of the difference of two leaves, and the share of its squared norm that is kept."""
     dtype = rule.dtype or _jax.promote(site.dtype, jnp.float32)
     if isinstance(rule, Full):
-        return FullWeight(jnp.array(v, dtype=dtype, copy=True), base), 1.0
+        return whole_of_site(jnp.array(v, dtype=dtype, copy=True), site, base), 1.0
     old, new = _both(w, v)
     with np.errstate(all="ignore"):  # what is not finite raises here
         moved = _whole(jnp.asarray(new - old))
@@ -260,9 +261,10 @@ def resize(path: str, x: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
     """``x`` with another rank, and the share of its squared norm that is kept."""
     one = jnp.float32(1.0)
     if rank > smaller_side(x):
-        raise ValueError(
-            f"Rank {rank} is above {smaller_side(x)}, the smaller side of '{path}' {x.shape}.\n"
-            "  Lower it; resize takes a rank for each leaf: resize(lora, {pattern: rank})."
+        raise Advised(
+            f"Rank {rank} is above {smaller_side(x)}, the smaller side of '{path}' {x.shape}.",
+            "Lower it; resize takes a rank for each leaf: resize(lora, {pattern: rank}).",
+            "rank",
         )
     if rank == x.rank:
         return x, one

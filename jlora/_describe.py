@@ -51,6 +51,7 @@ def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
         "jlora": __version__,
         "adapters": {path: _entry(adapter) for path, adapter in sorted(lora.items())},
         "base": [[path, list(shape), dtype] for path, shape, dtype in base.leaves],
+        **({"partial": True} if base.partial else {}),
         "meta": meta,
     }
 
@@ -70,7 +71,7 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
             raise ValueError(
                 f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
             )
-        base = Fingerprint(description["base"])
+        base = Fingerprint(description["base"], partial=description.get("partial") is True)
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
         shapes = {path: shape for path, shape, _ in base.leaves}
         for path, adapter in lora.items():

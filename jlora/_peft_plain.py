@@ -45,7 +45,7 @@ def sites_of(folder: Path) -> Sites:
             )
         found[site.path] = site
     ordered = [found[path] for path in sorted(found)]
-    return Sites(ordered, Fingerprint((s.path, s.shape, s.dtype) for s in ordered))
+    return Sites(ordered, Fingerprint(((s.path, s.shape, s.dtype) for s in ordered), partial=True))
 
 
 def _is_adapted(parts: dict[str, Part], part: Part) -> bool:

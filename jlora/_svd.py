@@ -8,7 +8,7 @@ outputs as columns; batch axes lead. Above the line are arrays, below it one lea
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod, sqrt
+from math import isclose, prod, sqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -324,13 +324,26 @@ def combine_low(path: str, terms: Terms, rank: int | None, mix: Mix | None) -> L
     return rebuild(like, *factors(svd, rank, spare, like.scale))
 
 
-def combine_full(terms: Terms, w: Any, mix: Mix) -> FullWeight:
-    """The base and what is made of the weighted updates, where one of the leaves is trained outright."""
+def needs_base(terms: Terms, *, dense: bool) -> bool:
+    """Whether the base is needed: if a leaf is trained outright, and its share in the sum is not zero, or dense updates are wanted."""
+    whole = [w for w, x in terms if isinstance(x, FullWeight)]
+    if not whole or dense:
+        return bool(whole)
+    return any(isinstance(w, jax.core.Tracer) for w in whole) or not isclose(sum(map(float, whole)), 1.0, rel_tol=1e-9)
+
+
+def combine_full(terms: Terms, w: Any, mix: Mix | None) -> FullWeight:
+    """The base and what is made of the weighted updates, where one of the leaves is trained outright; ``w`` is ``None`` if not needed."""
     first = next(x for _, x in terms if isinstance(x, FullWeight))
     dtype = _jax.promote(*(x.value.dtype for _, x in terms if isinstance(x, FullWeight)))
+    if w is None:
+        wide = _jax.promote(dtype, jnp.float32)
+        values = [x.value if isinstance(x, FullWeight) else _dense(x, None) for _, x in terms]
+        parts = [v.astype(wide) * jnp.asarray(weight, wide) for v, (weight, _) in zip(values, terms, strict=True)]
+        return replace(first, value=total(parts).astype(dtype))
     wide = _jax.promote(dtype, lax.dtype(w), jnp.float32)
-    total = mix([_dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
-    return replace(first, value=(jnp.asarray(w).astype(wide) + total).astype(dtype))
+    update = (mix or total)([_dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
+    return replace(first, value=(jnp.asarray(w).astype(wide) + update).astype(dtype))
 
 
 def _dense(x: Any, w: Any) -> jax.Array:

@@ -83,8 +83,8 @@ def load(
 def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str, Adapter], Sites]:
     """Reads a PEFT adapter without its base: leaves have PyTorch's names and layout.
 
-    To look at it, to change its rank, to combine it with others; ``save(folder, lora, names=lambda path: path, sites=sites)`` writes it
-    again. Weights of the base that the file carries beside factors are left out.
+    To look at it, to change its rank, to combine it with others; ``save(folder, lora, names=lambda path: path)`` writes it again.
+    Weights of the base that the file carries beside factors are left out.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.

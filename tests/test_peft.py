@@ -395,7 +395,9 @@ def test_a_whole_leaf_keeps_its_axes(tmp_path):
     again = jlora.peft.load(tmp_path / "a", sites)["layers/kernel"]
     np.testing.assert_array_equal(again.value, whole.value)
     assert jax.tree.structure(again) == jax.tree.structure(whole)
-    with pytest.raises(ValueError, match=r"How the axes of 'layers.0.weight' lie here, where it is \(3, 3\), is not known"):
+    with pytest.raises(
+        ValueError, match=r"How the axes of 'layers.0.weight' lie here, where it is \(3, 3\), is not known"
+    ):
         jlora.peft.load(tmp_path / "a", STACK)  # parameters alone do not tell
 
 

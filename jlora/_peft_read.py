@@ -207,7 +207,7 @@ class Reader:
 
     def config_parameters(self, module: str, names: Iterable[str]) -> list[str]:
         """Those of a module's parameters that the configuration lists."""
-        return [n for n in names if any(n == t or n.endswith(f".{t}") for t in self.config.parameters)]
+        return [n for n in names if self.config.is_parameter(n)]
 
     def is_swapped(self, place: Place, axes: Axes, rank: int, shapes: Any) -> bool:
         """Whether A runs along the outputs: PEFT took the last axis of experts for the inputs since 0.19, the middle one before."""
@@ -216,6 +216,12 @@ class Reader:
         )
         if straight != across:
             return across
+        if axes.batch and self.alone:
+            raise ValueError(
+                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed) and "
+                "on PEFT's version, and is not in the file.\n"
+                "  Merge it with PEFT, or load it with its base: jlora.peft.load(folder, sites, names=...), and jlora.export.save."
+            )
         if axes.batch and (place.weight.layout is None or not self.config.version):
             raise Advised(
                 f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.",

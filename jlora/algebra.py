@@ -19,6 +19,7 @@ import numpy as np
 
 from jlora import _paths, _svd
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
+from jlora._advice import Advised
 from jlora._init import as_key, fold_path
 from jlora._rules import Rule, assign
 from jlora._sites import Sites
@@ -434,8 +435,10 @@ def _values(loras: Sequence[Lora], params: Any, call: str) -> dict[str, Any]:
     if not outright:
         return {}
     if params is None:
-        raise ValueError(
-            f"'{outright[0]}' is trained outright: its update is its value less the base's.\n  Pass the base: {call}."
+        raise Advised(
+            f"'{outright[0]}' is trained outright: its update is its value less the base's.",
+            f"Pass the base: {call}.",
+            "params",
         )
     paths, leaves, _ = _paths.flatten(params)
     for lora in loras:

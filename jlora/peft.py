@@ -80,7 +80,9 @@ def load(
     return _placed(_loaded(reader, dtype), params if params is not None else base)
 
 
-def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str, Adapter], Sites]:
+def read(
+    folder: str | os.PathLike[str], *, params: Mapping[str, Any] | None = None, dtype: Any = None
+) -> tuple[dict[str, Adapter], Sites]:
     """Reads a PEFT adapter without its base: leaves have PyTorch's names and layout.
 
     To look at it, to change its rank, to combine it with others; ``save(folder, lora, names=lambda path: path)`` writes it again.
@@ -88,6 +90,8 @@ def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        params: Values of the base by the name of their weight, needed where the file adds to them: to biases (``lora_bias``), and to a
+            table of which it has some rows (trained tokens).
         dtype: Of the adapter; by default fp32 or wider.
 
     Returns:
@@ -95,11 +99,13 @@ def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: as for ``load``; the file needs its base to be understood (trained tokens, biases of B, unnamed experts).
+        ValueError: as for ``load``; the file needs its base to be understood (trained tokens and biases of B without ``params``, unnamed
+            experts).
     """
     where = _files.folder(folder)
-    sites = sites_of(where)
-    return _loaded(Reader(where, sites, lambda path: path, {}, alone=True), dtype), sites
+    params = {} if params is None else params
+    sites = sites_of(where, params)
+    return _loaded(Reader(where, sites, lambda path: path, params, alone=True), dtype), sites
 
 
 def _loaded(reader: Reader, dtype: Any) -> dict[str, Adapter]:

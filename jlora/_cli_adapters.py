@@ -151,8 +151,11 @@ def free(out: Path, kind: str, force: bool, inputs: Sequence[Path]) -> Path:
     """``out``, if something of this kind may be written there: before the work begins."""
     out = _files.folder(out)
     for path in inputs:
-        if _files.folder(path).resolve().is_relative_to(out.resolve()):
+        read = _files.folder(path).resolve()
+        if read.is_relative_to(out.resolve()):
             raise Refusal(f"{path} would be replaced while it is read.\n  Choose another name than {out}.")
+        if out.resolve().is_relative_to(read):
+            raise Refusal(f"{out} lies inside {path}, which is only read.\n  Choose a name beside it.")
     _files.check_free(out, overwrite=True, marks=MARKS[kind], what=WORDS[kind])
     if not force and out.exists() and any(out.iterdir()):
         raise Refusal(f"There is already {WORDS[kind]} at {out}.\n  Choose another name, or replace it with --force.")

@@ -205,7 +205,10 @@ def _numbers(text: str | None, count: int) -> list[float]:
     except ValueError:
         raise Refusal(f"--weights takes numbers and commas: --weights 0.5,0.5.\n  got: {text!r}") from None
     if len(found) != count:
-        raise Refusal(f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters")
+        order = "\n  The order is: jlora combine OUT ADAPTER ADAPTER..." if len(found) == count + 1 else ""
+        raise Refusal(
+            f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters{order}"
+        )
     return found
 
 

@@ -34,7 +34,9 @@ ADVICE = {
 
 
 def in_options(error: BaseException) -> str:
-    """The message of an error, its advice in words for the command line."""
+    """The message of an error, its advice in words for the command line; of the system's, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
     if not isinstance(error, Advised):
         return str(error)
     end = "" if error.need != "names" else f": {json.dumps(error.names)}." if error.names else "."
@@ -136,7 +138,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., None]:
             _report(f"error: {in_options(error)}", debug)
         except OSError as error:
             code = FAILED
-            _report(f"error: {error}", debug)
+            _report(f"error: {in_options(error)}", debug)
         except Exception as error:  # the edge of the program: whoever calls it gets a message, and --debug the rest
             code = FAILED
             _report(f"error: {type(error).__name__}: {error}\n  This was not expected; --debug shows where.", debug)

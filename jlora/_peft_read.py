@@ -218,8 +218,8 @@ class Reader:
             return across
         if axes.batch and self.alone:
             raise ValueError(
-                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed) and "
-                "on PEFT's version, and is not in the file.\n"
+                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed), "
+                "and on PEFT's version, and is not in the file.\n"
                 "  Merge it with PEFT, or load it with its base: jlora.peft.load(folder, sites, names=...), and jlora.export.save."
             )
         if axes.batch and (place.weight.layout is None or not self.config.version):

@@ -668,7 +668,8 @@ def test_combining_peft_adapters_of_different_targets(here):
 
 def test_combining_is_refused(here, own):
     assert "The order is: jlora combine OUT ADAPTER ADAPTER" in call("combine", "one", "two", "--force", code=2)
-    assert "2 weights, 1 adapters" in call("combine", "x", "one", "--weights", "1,2", code=2)
+    message = call("combine", "x", "one", "--weights", "1,2", code=2)
+    assert "2 weights, 1 adapters\n  The order is: jlora combine OUT" in message
     assert "takes numbers and commas" in call("combine", "x", "one", "--weights", "a", code=2)
     assert "finite" in call("combine", "x", "one", "--weights", "nan", code=2)
     assert "dare needs a --seed" in call("combine", "x", "one", "--method", "dare", "--density", 0.5, code=2)
@@ -953,6 +954,14 @@ def commands(here, own):
     ]
 
 
+def test_nothing_is_written_into_what_is_read(here, own):
+    for i, args in enumerate(commands(here, own)):
+        read = args[1] if args[0] != "combine" else args[2]
+        message = call(*(here / read / "inside" if x == "OUT" else x for x in args), code=2)
+        assert "inside lies inside" in message, i
+        assert not (here / read / "inside").exists()
+
+
 def test_nothing_is_replaced_by_accident(here, own):
     before = None
     for i, args in enumerate(commands(here, own)):
@@ -990,7 +999,11 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
 
     monkeypatch.setattr(_files, "_exchange", fail)
     for args in listed:
-        call(*args, code=code)
+        message = call(*args, code=code)
+        assert (
+            message
+            == f"jlora: {'interrupted: nothing was written' if code == 130 else 'error: No space left on device'}\n"
+        )
         assert before == sorted(p.name for p in here.iterdir()), args
 
 

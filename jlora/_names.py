@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from jlora import _paths
+from jlora._advice import Advised
 
 _STACKS = re.compile(r"layers?|blocks?|h")
 _NUMBERED = re.compile(r"(?<![^/])(layers?|blocks?|h|experts?)_(\d+)(?![^/])")
@@ -133,7 +134,7 @@ class ByName:
             other = (
                 f"'{first.path}' and '{others[0].path}'" if first.path != others[0].path else f"'{first.path}' twice"
             )
-            raise ValueError(f"'{name}' is the name of {other}.\n  Give each its own with names=...")
+            raise Advised(f"'{name}' is the name of {other}.", "Give each its own with names=...", "names")
         return first
 
 

@@ -80,6 +80,10 @@ class Config(NamedTuple):
         """The rank of the module ``key``."""
         return int(_match(self.rank_pattern, key, self.rank, "rank_pattern"))
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts a parameter as such, ``target_parameters``, whatever its module does with it."""
+        return any(name == t or name.endswith(f".{t}") for t in self.parameters)
+
     def scale(self, key: str, rank: int) -> float:
         """The factor of the update of the module ``key``, whose tensors have rank ``rank``."""
         expected = self.rank_of(key)

@@ -1,20 +1,29 @@
 """What a PEFT adapter alone tells of its base: the weights that it adapts, under PyTorch's names and in PyTorch's layout."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
+from jlora._advice import Advised
 from jlora._peft_read import Part, open_tensors, part_of
 from jlora._sites import Site, Sites
 
 UNKNOWN = "the adapter replaces it"
+_CHANGED = {"tokens": "weight", "b_bias": "bias"}
+"""Of what a file holds beside factors and whole weights, the parameter that it changes."""
 
 
-def sites_of(folder: Path) -> Sites:
+def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
     """Sites of the base that an adapter is for, as far as the adapter tells.
+
+    Args:
+        folder: Of the adapter.
+        params: Values of the base by PyTorch's names, where they are known.
 
     Raises:
         ValueError: a module has several adapted parameters, which the file does not name.
@@ -27,12 +36,15 @@ def sites_of(folder: Path) -> Sites:
         shape = tensors.header[key].shape
         if part.role in ("a", "b"):
             pairs[part.module, part.depth][part.role] = key, shape
-        elif part.role == "tokens":
-            raise ValueError(
-                f"'{_files.shown(key)}' replaces rows of a table, which is not in the file: load it with its base."
+        elif part.role == "tokens" and f"{part.module}.weight" not in params:
+            raise Advised(
+                f"'{_files.shown(key)}' replaces rows of a table, which is not in the file.",
+                "Load it with its base: jlora.peft.load(folder, sites, params=params).",
+                "params",
             )
-        elif part.role != "b_bias" and not (part.role == "weight" and _is_adapted(parts, part)):
-            name = f"{part.module}.{part.role}"
+        elif not (part.role == "weight" and _is_adapted(parts, part)):
+            name = f"{part.module}.{_CHANGED.get(part.role, part.role)}"
+            shape = np.shape(params[name]) if part.role == "tokens" else shape
             found[name] = Site(name, shape, np.dtype(np.float32), "dense", reason=UNKNOWN)
     for (module, depth), pair in pairs.items():
         if set(pair) != {"a", "b"}:
@@ -45,7 +57,7 @@ def sites_of(folder: Path) -> Sites:
             )
         found[site.path] = site
     ordered = [found[path] for path in sorted(found)]
-    return Sites(ordered, Fingerprint((s.path, s.shape, s.dtype) for s in ordered))
+    return Sites(ordered, Fingerprint(((s.path, s.shape, s.dtype) for s in ordered), partial=True))
 
 
 def _is_adapted(parts: dict[str, Part], part: Part) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora import _files, _layouts, _paths, _peft_config
+from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, places
 from jlora._peft_config import Config
@@ -152,6 +153,12 @@ class Reader:
             place = self.nested(module, depth)
             key = place.weight.name
         site = self.leaves[place.path]
+        if site.reason and not site.uses and site.kind != "unused":  # no function was asked how it is used
+            raise Advised(
+                f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.",
+                "Pass what tells: load(folder, jlora.sites(fn, params, x)).",
+                "sites",
+            )
         if site.reason and place.path not in self.sites:
             raise ValueError(f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.")
         layer, axes = self.layer(place), self.axes(place)
@@ -189,16 +196,18 @@ class Reader:
         wanted = self.config_parameters(module, names)
         order = [place for place in order if place.weight.name in wanted] if wanted else order
         if len(order) != len(there) or (any(place.weight.nesting is None for place in order) and len(order) > 1):
-            raise ValueError(
-                f"The adapter has factors for {len(there)} of the parameters {', '.join(names)}, and does not name them.\n"
-                "  Say in names which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1)."
+            raise Advised(
+                f"The adapter has factors for {len(there)} of the parameters {', '.join(names)}, and does not name them.",
+                "Say in names which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1).",
+                "names",
+                {place.path: {"name": place.weight.name, "nesting": i} for i, place in enumerate(order)},
             )
         order.sort(key=lambda place: -(place.weight.nesting or 0))
         return order[depth]
 
     def config_parameters(self, module: str, names: Iterable[str]) -> list[str]:
         """Those of a module's parameters that the configuration lists."""
-        return [n for n in names if any(n == t or n.endswith(f".{t}") for t in self.config.parameters)]
+        return [n for n in names if self.config.is_parameter(n)]
 
     def is_swapped(self, place: Place, axes: Axes, rank: int, shapes: Any) -> bool:
         """Whether A runs along the outputs: PEFT took the last axis of experts for the inputs since 0.19, the middle one before."""
@@ -207,10 +216,18 @@ class Reader:
         )
         if straight != across:
             return across
-        if axes.batch and (place.weight.layout is None or not self.config.version):
+        if axes.batch and self.alone:
             raise ValueError(
-                f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.\n"
-                "  Say so in names: Weight(name, layout='out_in')."
+                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed), "
+                "and on PEFT's version, and is not in the file.\n"
+                "  Merge it with PEFT, or load it with its base: jlora.peft.load(folder, sites, names=...), and jlora.export.save."
+            )
+        if axes.batch and (place.weight.layout is None or not self.config.version):
+            raise Advised(
+                f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.",
+                "Say so in names: Weight(name, layout='out_in').",
+                "names",
+                {place.path: {"name": "...", "layout": "out_in"}},
             )
         return _layouts.is_across(axes, place.weight, old=self.config.version < (0, 19))
 
@@ -220,10 +237,11 @@ class Reader:
         """Raises if tensors are left over or missing."""
         if self.lost:
             near = _paths.nearest(self.parts[self.lost[0]].module, {n.rpartition(".")[0] for n in self.by_name}, 2)
-            raise ValueError(
+            raise Advised(
                 f"{len(self.lost)} tensors of the adapter are for nothing in the base: {_listed(self.lost)}.\n"
-                f"  nearest to the first: {', '.join(near)}\n"
-                "  If the base has other names, pass names={path: name of the PyTorch parameter}."
+                f"  nearest to the first: {', '.join(near)}",
+                "If the base has other names, pass names={path: name of the PyTorch parameter}.",
+                "names",
             )
         have = {pair.place.weight.name for pair in pairs}
         begun = {(pair.place.path, pair.place.at) for pair in pairs}
@@ -283,7 +301,7 @@ def open_tensors(folder: Path) -> _files.Safetensors:
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:
-    return None if site.kind in ("dense", "unused") else tuple(site.shape[d] for d in site.batch)
+    return None if site.is_plain else tuple(site.shape[d] for d in site.batch)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

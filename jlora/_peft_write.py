@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import _files, _hosts, _layouts, _paths, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
+from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, places
 from jlora._peft_read import PREFIX, TENSORS
@@ -39,7 +40,7 @@ def save(
         lora: Adapters by path. A leaf trained outright becomes a bias, or part of ``modules_to_save``.
         names: As for ``load``.
         base_model: What PEFT shall load as the base: ``base_model_name_or_path``.
-        sites: What ``jlora.sites`` found; needed for whole weights of two and more axes, and for adapters made before 0.2.
+        sites: What ``jlora.sites`` found; needed only for adapters that were saved before these kept how a leaf is used.
         params: The base's values; needed where ``modules_to_save`` takes more leaves of a module than were trained.
         task_type: As PEFT has it, such as ``"CAUSAL_LM"``; not needed by ``PeftModel.from_pretrained``.
         dtype: Of the tensors; by default that of the adapter.
@@ -117,30 +118,28 @@ class Writer:
 
     def _batch(self, path: str) -> tuple[int, ...] | None:
         leaf: Any = self.lora.get(path)
-        leaf = leaf if isinstance(leaf, LowRank) else self.leaves.get(path)
-        if leaf is None or (isinstance(leaf, Site) and leaf.kind in ("dense", "unused")):
-            return None
-        return tuple(leaf.shape[d] for d in leaf.batch)
+        if isinstance(leaf, LowRank):
+            return tuple(leaf.shape[d] for d in leaf.batch)
+        known = isinstance(leaf, FullWeight) and leaf.use
+        axes = _layouts.axes_of(leaf) if known else self._axes_in_sites(path)
+        return tuple(axes.shape[d] for d in axes.batch) if axes is not None and axes.inputs else None
+
+    def _axes_in_sites(self, path: str) -> Axes | None:
+        return _layouts.axes_of(self.leaves[path]) if path in self.leaves else None
 
     def axes(self, path: str) -> Axes:
         """The axes of a leaf, as far as they are known."""
         adapter = self.lora[path]
-        if isinstance(adapter, LowRank) and (adapter.use or path not in self.leaves):
-            if not adapter.use:
-                raise ValueError(
-                    f"How the model uses '{path}' is not part of this adapter.\n"
-                    "  Pass it: save(folder, lora, sites=jlora.sites(fn, params, x))."
-                )
+        if isinstance(adapter, LowRank | FullWeight) and adapter.use:
             return _layouts.axes_of(adapter)
-        if path in self.leaves:
-            return _layouts.axes_of(self.leaves[path])
-        shape = adapter.shape
-        if len(shape) > 1 and not self.places[path][0].weight.name.endswith(".bias"):
-            raise ValueError(
-                f"The axes of '{path}' {shape}, which is trained outright, are not part of the adapter.\n"
-                "  Pass them: save(folder, lora, sites=jlora.sites(fn, params, x))."
+        found = self._axes_in_sites(path)
+        if found is None and isinstance(adapter, LowRank):
+            raise Advised(
+                f"How the model uses '{path}' is not part of this adapter.",
+                "Pass it: save(folder, lora, sites=jlora.sites(fn, params, x)).",
+                "sites",
             )
-        return Axes(tuple(shape), (), (), (), "dense", (), 1)
+        return found or _layouts.unknown(adapter.shape)
 
     def factors(self, path: str, adapter: LowRank) -> None:
         """Adds the factors of a leaf."""
@@ -151,9 +150,11 @@ class Writer:
             )
         several = self.places[path]
         if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
-            raise ValueError(
-                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.\n"
-                f"  Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}."
+            raise Advised(
+                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
+                f"Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}.",
+                "names",
+                {path: [several[0].weight.name, "lm_head.weight"]},
             )
         for place in several:
             part = axes.at(place.at)
@@ -170,7 +171,9 @@ class Writer:
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""
         if self.by_name[place.weight.name] != place:
-            raise ValueError(f"'{place.weight.name}' is the name of two weights.\n  Give each its own with names=...")
+            raise Advised(
+                f"'{place.weight.name}' is the name of two weights.", "Give each its own with names=...", "names"
+            )
         module = place.weight.module
         key = place.weight.name if layer == "parameter" else module
         (self.parameters if layer == "parameter" else self.modules).add(key)
@@ -186,18 +189,20 @@ class Writer:
     def _wrappers(self, place: Place) -> int:
         """How many wrappers are around the one of this parameter: the first that the module registers is the innermost."""
         rivals = [
-            p.weight
+            p
             for path, adapter in self.lora.items()
             if isinstance(adapter, LowRank)
             for p in self.places[path]
             if p.weight.module == place.weight.module
         ]
-        order = [w.nesting for w in rivals]
+        order = [p.weight.nesting for p in rivals]
         if len(rivals) > 1 and (None in order or len(set(order)) != len(order)):
-            raise ValueError(
+            raise Advised(
                 f"Several parameters of '{place.weight.module}' are adapted, and PEFT's keys do not name them: "
-                f"{_paths.listing([w.name for w in rivals])}.\n"
-                "  Say which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1)."
+                f"{_paths.listing([p.weight.name for p in rivals])}.",
+                "Say which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1).",
+                "names",
+                {p.path: {"name": p.weight.name, "nesting": i} for i, p in enumerate(rivals)},
             )
         return sum((n or 0) > (place.weight.nesting or 0) for n in order)
 
@@ -230,13 +235,12 @@ class Writer:
     def _untrained(self, name: str, place: Place) -> None:
         """PEFT saves a module with all of its parameters: those that were not trained are the base's."""
         if place.path not in self.params:
-            raise ValueError(
-                f"PEFT saves the module '{place.weight.module}' whole, and '{place.path}' was not trained.\n"
-                "  Pass the base: save(folder, lora, params=params), or train it too with a Full rule."
+            raise Advised(
+                f"PEFT saves the module '{place.weight.module}' whole, and '{place.path}' was not trained.",
+                "Pass the base: save(folder, lora, params=params), or train it too with a Full rule.",
+                "params",
             )
-        axes = _layouts.axes_of(self.leaves[place.path]) if place.path in self.leaves else None
-        shape = np.shape(self.params[place.path])
-        axes = axes or Axes(tuple(shape), (), (), (), "dense", (), 1)
+        axes = self._axes_in_sites(place.path) or _layouts.unknown(np.shape(self.params[place.path]))
         value = _layouts.at(self.params[place.path], axes, place.at)
         self.tensors[f"{PREFIX}{name}"] = _layouts.to_torch(value, axes.at(place.at), place.weight)
 

@@ -366,8 +366,52 @@ def test_parameters_alone_tell_only_plain_kernels(tmp_path):
     sites = jlora.sites(fn, params, jnp.arange(4))
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="embedding"))
     jlora.peft.save(tmp_path / "a", lora, names={"embedding": "embed.weight", "kernel": "head.weight"})
-    with pytest.raises(ValueError, match=r"parameters alone do not tell its axes: pass jlora.sites"):
+    with pytest.raises(ValueError, match=r"parameters alone do not tell its axes.*\n  Pass what tells: .*jlora.sites"):
         jlora.peft.load(tmp_path / "a", params, names={"embedding": "embed.weight", "kernel": "head.weight"})
+
+
+STACK = {"layers": {"kernel": jnp.arange(18.0).reshape(2, 3, 3)}, "up": {"kernel": jnp.ones((3, 3))}}
+
+
+def stack(params, x):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["kernel"])
+    return x @ params["up"]["kernel"]
+
+
+def test_a_whole_leaf_keeps_its_axes(tmp_path):
+    """So that it is written in PyTorch's layout without the sites, also after it was saved; square kernels do not tell by shape."""
+    sites = jlora.sites(stack, STACK, jnp.ones((2, 3)))
+    rules = [jlora.Full(targets="layers/kernel"), jlora.LoRA(rank=2, targets="up/kernel")]
+    lora = jlora.init(jax.random.key(0), STACK, sites, rules)
+    whole = lora["layers/kernel"]
+    assert (whole.use, whole.inputs, whole.outputs, whole.batch) == ("linear", (1,), (2,), (0,))
+    jlora.save(tmp_path / "own", lora)
+    lora = jlora.load(tmp_path / "own", STACK)
+    assert jax.tree.structure(lora["layers/kernel"]) == jax.tree.structure(whole)
+    jlora.peft.save(tmp_path / "a", lora)
+    found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for i, w in enumerate(STACK["layers"]["kernel"]):
+        np.testing.assert_array_equal(found[f"base_model.model.layers.{i}.weight"], w.T)
+    again = jlora.peft.load(tmp_path / "a", sites)["layers/kernel"]
+    np.testing.assert_array_equal(again.value, whole.value)
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    with pytest.raises(
+        ValueError, match=r"How the axes of 'layers.0.weight' lie here, where it is \(3, 3\), is not known"
+    ):
+        jlora.peft.load(tmp_path / "a", STACK)  # parameters alone do not tell
+
+
+def test_adapters_saved_before_whole_leaves_had_axes(tmp_path):
+    sites = jlora.sites(stack, STACK, jnp.ones((2, 3)))
+    lora = jlora.init(jax.random.key(0), STACK, sites, jlora.Full(targets="layers/kernel"))
+    description = jlora.describe(lora)
+    entry = description["adapters"]["layers/kernel"]
+    for name in ("use", "inputs", "outputs", "batch", "window", "groups"):
+        del entry[name]
+    assert jlora.restore_target(description)["layers/kernel"].use == ""
+    entry |= {"use": "linear", "inputs": [0], "outputs": [2], "batch": []}
+    with pytest.raises(ValueError, match=r"'layers/kernel' has axes \[0, 2\]"):
+        jlora.restore_target(description)
 
 
 def test_arguments_in_another_order(saved):
@@ -402,10 +446,13 @@ def test_leaves_without_a_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="There are no factors in this adapter"):
         jlora.peft.save(tmp_path / "a", fresh(jlora.Full(targets="down/bias")))
     lora = fresh(jlora.Full(targets="down/kernel"), jlora.LoRA(rank=2, targets="up/kernel"))
-    with pytest.raises(ValueError, match=r"'down/kernel' .* trained outright, are not part of the adapter"):
-        jlora.peft.save(tmp_path / "a", lora)
     with pytest.raises(ValueError, match="PEFT saves the module 'down' whole, and 'down/bias' was not trained"):
-        jlora.peft.save(tmp_path / "a", lora, sites=SITES)
+        jlora.peft.save(tmp_path / "a", lora)
+    older = lora | {"down/kernel": jlora.FullWeight(lora["down/kernel"].value, lora["down/kernel"].base)}
+    with pytest.raises(ValueError, match=r"How the axes of 'down.weight' lie here, .*\n  Pass what tells: sites="):
+        jlora.peft.save(tmp_path / "a", older)
+    jlora.peft.save(tmp_path / "a", older, sites=SITES, params=PARAMS)
+    shutil.rmtree(tmp_path / "a")
     other = jlora.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="made for another base than sites"):
         jlora.peft.save(tmp_path / "a", lora, sites=other)

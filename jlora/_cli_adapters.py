@@ -13,7 +13,8 @@ import jlora
 from jlora import _files, _peft_config, peft
 from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
 from jlora._cli_show import Refusal
-from jlora._peft_read import TENSORS, open_tensors, part_of
+from jlora._peft_keys import TENSORS, part_of
+from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 Format = Literal["orbax", "peft"]

@@ -26,7 +26,8 @@ from jlora._cli_weights import (
     sync,
 )
 from jlora._init import fold_path
-from jlora._peft_read import open_tensors, part_of
+from jlora._peft_keys import part_of
+from jlora._peft_read import open_tensors
 from jlora.export import INDEX, ONE, stochastic_round
 
 Step = Callable[[str], None]

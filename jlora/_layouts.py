@@ -82,8 +82,15 @@ def layer_of(axes: Axes, place: Place) -> Layer:
             f"'{place.path}' has {len(axes.batch)} batch axes left beside '{place.weight.name}'; one can be experts.\n"
             "  Give the name an index {} for each of the others."
         )
-    if axes.batch or not place.weight.name.endswith(".weight"):
-        if not axes.batch and place.path.split("/")[-1] in ("kernel", "embedding"):
+    weight = place.weight
+    if weight.nesting is not None and (axes.window or "lookup" in axes.use):
+        raise ValueError(
+            f"Weight('{weight.name}', nesting={weight.nesting}) says that PEFT adapts this parameter itself, which it does for "
+            f"matrices and experts; '{place.path}' is used as {axes.use}.\n  Leave nesting out."
+        )
+    if axes.batch or weight.nesting is not None or not weight.name.endswith(".weight"):
+        of_module = not axes.batch and not weight.name.endswith("weight")
+        if of_module and place.path.split("/")[-1] in ("kernel", "embedding"):
             raise ValueError(
                 f"The name '{place.weight.name}' of '{place.path}' does not end in '.weight': it is that of a module, not of its parameter."
             )
@@ -183,7 +190,7 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
     (i, o), n = axes.sizes, axes.experts
     front = (n,) if axes.batch else ()
     if not axes.inputs:
-        flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
+        flat = (prod(axes.shape),) if weight.name.endswith((".bias", ".in_proj_bias")) else axes.shape
         return list(range(len(axes.shape))), flat
     if axes.window:
         if axes.groups == 0:

@@ -2,7 +2,8 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import numpy as np
 from jlora import _files, _hosts, _layouts, _paths, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._layouts import Axes, Layer
-from jlora._names import ByName, Leaf, Names, Place, places
-from jlora._peft_read import PREFIX, TENSORS
+from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
+from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
 
@@ -107,7 +109,7 @@ class Writer:
         self.pairs: dict[str, tuple[Layer, int, tuple[str, str]]] = {}  # by the key that patterns match
         self.modules: set[str] = set()
         self.parameters: set[str] = set()
-        self.saved: set[str] = set()
+        self.saved: dict[str, str] = {}  # modules that are saved whole, by their path
         self.bias = "none"
 
     def _agree(self, name: str, other: Any) -> None:
@@ -172,26 +174,45 @@ class Writer:
         if self.by_name[place.weight.name] != place:
             raise ValueError(f"'{place.weight.name}' is the name of two weights.\n  Give each its own with names=...")
         module = place.weight.module
+        if not module:
+            raise ValueError(
+                f"'{place.path}' is a parameter of the model itself, which PEFT does not adapt.\n  Leave it out."
+            )
         key = place.weight.name if layer == "parameter" else module
         (self.parameters if layer == "parameter" else self.modules).add(key)
-        inside = f"{PREFIX}{module}"
-        if layer == "parameter":
-            inside += ".base_layer" * self._wrappers(place)
+        depth = self._depth(place) if layer == "parameter" else 0
+        inside = f"{PREFIX}{path_of(module, self.wrappers, depth)}"
         ends = ("lora_embedding_A", "lora_embedding_B") if layer == "embedding" else ("lora_A.weight", "lora_B.weight")
         names = (f"{inside}.{ends[0]}", f"{inside}.{ends[1]}")
         for name, tensor in zip(names, (x, y), strict=True):
             self.tensors[name] = _files.check_finite(name, tensor)
         self.pairs[key] = layer, rank, names
 
-    def _wrappers(self, place: Place) -> int:
+    @cached_property
+    def held(self) -> dict[str, list[Weight]]:
+        """The parameters that are adapted themselves, by the module that holds them."""
+        found: dict[str, list[Weight]] = defaultdict(list)
+        for place, layer in self._adapted():
+            if layer == "parameter":
+                found[place.weight.module].append(place.weight)
+        return dict(found)
+
+    @cached_property
+    def wrappers(self) -> dict[str, int]:
+        """How many wrappers PEFT will have around each module."""
+        modules = {place.weight.module: 1 for place, layer in self._adapted() if layer != "parameter"}
+        return modules | {module: len(several) for module, several in self.held.items()}
+
+    def _adapted(self) -> Iterator[tuple[Place, Layer]]:
+        for path, adapter in self.lora.items():
+            if isinstance(adapter, LowRank):
+                axes = self.axes(path)
+                for place in self.places[path]:
+                    yield place, _layouts.layer_of(axes.at(place.at), place)
+
+    def _depth(self, place: Place) -> int:
         """How many wrappers are around the one of this parameter: the first that the module registers is the innermost."""
-        rivals = [
-            p.weight
-            for path, adapter in self.lora.items()
-            if isinstance(adapter, LowRank)
-            for p in self.places[path]
-            if p.weight.module == place.weight.module
-        ]
+        rivals = self.held[place.weight.module]
         order = [w.nesting for w in rivals]
         if len(rivals) > 1 and (None in order or len(set(order)) != len(order)):
             raise ValueError(
@@ -215,13 +236,13 @@ class Writer:
         module, _, last = place.weight.name.rpartition(".")
         siblings = {name: self.by_name[name] for name in self.by_name if name.rpartition(".")[0] == module}
         trained = {name for name, p in siblings.items() if isinstance(self.lora.get(p.path), FullWeight)}
-        adapted = module in self.modules
-        if last == "bias" and (adapted or trained == {place.weight.name}):
-            self.bias = "all" if not adapted or self.bias == "all" else "lora_only"
-            name = f"{module}.base_layer.bias" if adapted else place.weight.name
+        around = self.wrappers.get(module, 0)
+        if last == "bias" and (around or trained == {place.weight.name}):
+            self.bias = "all" if not around or self.bias == "all" else "lora_only"
+            name = f"{path_of(module, self.wrappers, around)}.bias"
         else:
-            self.saved.add(module)
-            name = place.weight.name
+            self.saved[path_of(module, self.wrappers)] = module
+            name = f"{path_of(module, self.wrappers)}.{last}"
             for other in sorted(set(siblings) - trained):
                 self._untrained(other, siblings[other])
         value = value.astype(self.dtype or value.dtype)
@@ -238,31 +259,63 @@ class Writer:
         shape = np.shape(self.params[place.path])
         axes = axes or Axes(tuple(shape), (), (), (), "dense", (), 1)
         value = _layouts.at(self.params[place.path], axes, place.at)
-        self.tensors[f"{PREFIX}{name}"] = _layouts.to_torch(value, axes.at(place.at), place.weight)
+        inside = path_of(place.weight.module, self.wrappers)
+        self.tensors[f"{PREFIX}{inside}.{name.rpartition('.')[2]}"] = _layouts.to_torch(
+            value, axes.at(place.at), place.weight
+        )
 
-    def _check_nested(self) -> None:
-        """Raises where PEFT would look for tensors under other names, or take them for another module's."""
-        wrapped = {name.rpartition(".")[0] for name in self.parameters}
-        for module in sorted(wrapped):
-            ours = f"{PREFIX}{module}."
-            inside = [k for k in self.tensors if k.startswith(ours) and ".lora_" not in k.removeprefix(PREFIX + module)]
-            inside += [m for m in self.modules if m.startswith(f"{module}.")]
-            if inside:
+    def _check_wrapped(self) -> None:
+        """Raises where PEFT could not put its wrappers, or would put others."""
+        for module, held in self.held.items():
+            if module in self.modules:
                 raise ValueError(
-                    f"Parameters of '{module}' are adapted, and so is '{inside[0].removeprefix(PREFIX)}' inside it: PEFT's keys for both "
-                    "together are not written.\n  Leave one of them out."
+                    f"PEFT adapts either '{module}' or its parameters, and '{held[0].name}' is one.\n"
+                    f"  Say that '{module}.weight' is one too: Weight('{module}.weight', nesting=0), Weight('{held[0].name}', nesting=1)."
                 )
-        for module in sorted(self.saved):
-            alike = [m for m in (*self.modules, *wrapped) if m.endswith(module) or m.startswith(f"{module}.")]
+            outer = next((m for m in containing(module) if m in self.held), None)
+            if outer is not None:
+                both = f"'{self.held[outer][0].name}' and '{held[0].name}'"
+                raise ValueError(
+                    f"PEFT cannot adapt parameters of '{outer}' and of '{module}' inside it: {both}.\n"
+                    "  Leave one of them out."
+                )
+        for name in sorted(self.parameters):
+            taken = [n for n in self.by_name if n.endswith(f".{name}") and n not in self.parameters]
+            if taken:
+                raise ValueError(
+                    f"PEFT would take target_parameters='{name}' for '{taken[0]}' too.\n  Adapt that as well, or neither."
+                )
+        for module in sorted(self.modules):
+            outer, _, last = module.rpartition(".")
+            whole = f"{outer}.{IN_PROJ}"
+            if last == OUT_PROJ and whole in self.by_name and self.by_name[whole].weight.nesting is None:
+                raise ValueError(
+                    f"No adapter of '{module}' means the same to every PEFT: nn.MultiheadAttention never calls it, and where '{outer}' is "
+                    f"the target, PEFT adds its update twice (up to {_peft_config.VERSION}).\n"
+                    f"  Leave it out, or merge it. If '{outer}' is another module, say so: Weight('{whole}', nesting=0)."
+                )
+
+    def _check_saved(self) -> None:
+        """Raises where PEFT would not save a module, or others as well: it compares the ends of paths."""
+        adapted = {path_of(m, self.wrappers) for m in self.wrappers}
+        for path, module in self.saved.items():
+            outer = module.rpartition(".")[0]
+            if outer in self.wrappers:
+                raise ValueError(
+                    f"PEFT refuses modules_to_save='{module}' where parameters of '{outer}', which it is in, are adapted.\n"
+                    f"  Leave out '{module}' or {_paths.listing([w.name for w in self.held.get(outer, ())] or [outer])}."
+                )
+            alike = [m for m in sorted(adapted) if m.endswith(path) or m.startswith(f"{path}.")]
             alike += [n for n in self.by_name if n.startswith(f"{module}.") and n.count(".") > module.count(".") + 1]
             if alike:
                 raise ValueError(
-                    f"PEFT would take modules_to_save='{module}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
+                    f"PEFT would take modules_to_save='{path}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
                 )
 
     def finish(self, portable: bool) -> dict[str, Any]:
         """Brings all factors to one rank, or says which have another; returns what the configuration says of ranks."""
-        self._check_nested()
+        self._check_wrapped()
+        self._check_saved()
         ranks = {key: rank for key, (_, rank, _) in self.pairs.items()}
         if not ranks:
             raise ValueError(

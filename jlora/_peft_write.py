@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora import _files, _hosts, _layouts, _paths, _peft_config
+from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
@@ -24,6 +24,7 @@ def save(
     *,
     names: Names = None,
     base_model: str | None = None,
+    base_folder: str | os.PathLike[str] | None = None,
     sites: Sites | None = None,
     params: Any = None,
     task_type: str | None = None,
@@ -41,6 +42,9 @@ def save(
         lora: Adapters by path. A leaf trained outright becomes a bias, or part of ``modules_to_save``.
         names: As for ``load``.
         base_model: What PEFT shall load as the base: ``base_model_name_or_path``.
+        base_folder: Where the base's safetensors are: every weight that is written has to be there, in its shape, or nothing is written.
+            Only headers are read. Where files name weights from inside the model, or from around it (``h.0.`` for
+            ``transformer.h.0.``), one and the same prefix may be missing from their names, or stand before all.
         sites: What ``jlora.sites`` found; needed for whole weights of two and more axes, and for adapters made before 0.2.
         params: The base's values; needed where ``modules_to_save`` takes more leaves of a module than were trained.
         task_type: As PEFT has it, such as ``"CAUSAL_LM"``; not needed by ``PeftModel.from_pretrained``.
@@ -52,7 +56,8 @@ def save(
     Raises:
         FileExistsError: there is something at ``folder``.
         ImportError: safetensors is not installed.
-        ValueError: a leaf has no place in PEFT's format, a value is not finite, or several arrays would get one name.
+        ValueError: a leaf has no place in PEFT's format, a value is not finite, or several arrays would get one name; the base at
+            ``base_folder`` lacks a weight, or has it in another shape.
 
     Example:
         See ``load``.
@@ -71,6 +76,8 @@ def save(
         elif not isinstance(adapter, LowRank):
             raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
     ranks = writer.finish(portable)
+    if base_folder is not None:
+        _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
         _files.write_safetensors(part / TENSORS, writer.tensors)
         _peft_config.write(
@@ -110,6 +117,7 @@ class Writer:
         self.modules: set[str] = set()
         self.parameters: set[str] = set()
         self.saved: dict[str, str] = {}  # modules that are saved whole, by their path
+        self.wanted: dict[str, _peft_base.Wanted] = {}  # what the base has to have
         self.bias = "none"
 
     def _agree(self, name: str, other: Any) -> None:
@@ -160,6 +168,9 @@ class Writer:
         for place in several:
             part = axes.at(place.at)
             layer = _layouts.layer_of(part, place)
+            # nn.Linear, or GPT-2's Conv1D: the adapters of both are the same.
+            either = layer == "linear" and place.weight.layout is None and "lookup" not in axes.use
+            self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
             if layer == "parameter" and _layouts.is_across(part, place.weight):
@@ -222,10 +233,16 @@ class Writer:
             )
         return sum((n or 0) > (place.weight.nesting or 0) for n in order)
 
+    def _want(self, place: Place, axes: Axes, *, either: bool = False) -> None:
+        shape = _layouts.torch_shape(axes, place.weight)
+        shapes = (shape, shape[::-1]) if either and shape != shape[::-1] else (shape,)
+        self.wanted[place.weight.name] = _peft_base.Wanted(shapes, not place.first)
+
     def whole(self, path: str, adapter: FullWeight) -> None:
         """Adds a leaf that was trained outright."""
         axes = self.axes(path)
         for place in self.places[path]:
+            self._want(place, axes.at(place.at))
             value = _layouts.to_torch(
                 _layouts.at(_local(adapter.value, path), axes, place.at), axes.at(place.at), place.weight
             )
@@ -258,6 +275,7 @@ class Writer:
         axes = _layouts.axes_of(self.leaves[place.path]) if place.path in self.leaves else None
         shape = np.shape(self.params[place.path])
         axes = axes or Axes(tuple(shape), (), (), (), "dense", (), 1)
+        self._want(place, axes.at(place.at))
         value = _layouts.at(self.params[place.path], axes, place.at)
         inside = path_of(place.weight.module, self.wrappers)
         self.tensors[f"{PREFIX}{inside}.{name.rpartition('.')[2]}"] = _layouts.to_torch(

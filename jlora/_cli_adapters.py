@@ -14,7 +14,8 @@ from jlora import _files, _peft_config, peft
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_show import Refusal
 from jlora._export_tree import MARKS as CHECKPOINT
-from jlora._peft_read import TENSORS, open_tensors, part_of
+from jlora._peft_keys import TENSORS, part_of
+from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 Format = Literal["orbax", "peft"]

@@ -18,7 +18,8 @@ from jlora._cli_adapters import Opened, Refusal, new_folder
 from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
 from jlora._export_tree import write_merged
 from jlora._fold import Fold
-from jlora._peft_read import open_tensors, part_of
+from jlora._peft_keys import part_of
+from jlora._peft_read import open_tensors
 from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]

@@ -88,8 +88,15 @@ def layer_of(axes: Axes, place: Place) -> Layer:
             f"'{place.path}' has {len(axes.batch)} batch axes left beside '{place.weight.name}'; one can be experts.\n"
             "  Give the name an index {} for each of the others."
         )
-    if axes.batch or not place.weight.name.endswith(".weight"):
-        if not axes.batch and place.path.split("/")[-1] in ("kernel", "embedding"):
+    weight = place.weight
+    if weight.nesting is not None and (axes.window or "lookup" in axes.use):
+        raise ValueError(
+            f"Weight('{weight.name}', nesting={weight.nesting}) says that PEFT adapts this parameter itself, which it does for "
+            f"matrices and experts; '{place.path}' is used as {axes.use}.\n  Leave nesting out."
+        )
+    if axes.batch or weight.nesting is not None or not weight.name.endswith(".weight"):
+        of_module = not axes.batch and not weight.name.endswith("weight")
+        if of_module and place.path.split("/")[-1] in ("kernel", "embedding"):
             raise ValueError(
                 f"The name '{place.weight.name}' of '{place.path}' does not end in '.weight': it is that of a module, not of its parameter."
             )
@@ -198,13 +205,13 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
             f"Weight('{weight.name}', transposed=...) is for a convolution, which the model here does not use it as."
         )
     if not axes.inputs:
-        if not axes.use and len(axes.shape) > 1 and not weight.name.endswith(".bias"):
+        if not axes.use and len(axes.shape) > 1 and not weight.name.endswith((".bias", ".in_proj_bias")):
             raise Advised(
                 f"How the axes of '{weight.name}' lie here, where it is {axes.shape}, is not known.",
                 "Pass what tells: sites=jlora.sites(fn, params, x).",
                 "sites",
             )
-        flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
+        flat = (prod(axes.shape),) if weight.name.endswith((".bias", ".in_proj_bias")) else axes.shape
         return list(range(len(axes.shape))), flat
     if axes.window:
         kernel = tuple(axes.shape[d] for d in axes.window)

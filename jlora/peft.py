@@ -208,13 +208,12 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
     for key, part in reader.parts.items():
         if part.role in ("a", "b", "b_bias"):
             continue
-        last = "weight" if part.role == "tokens" else part.role
-        place = reader.by_name[f"{part.module}.{last}"]
+        place = reader.by_name[part.name]
         if part.role == "tokens":
             found[place.path][place] = _with_rows(reader, key, part.module, place)
         elif reader.alone and part.role == "weight" and f"{part.module}.weight" in lows:
             continue
-        elif last != "bias" and not reader.is_saved(part.module) and not reader.alone:
+        elif part.role != "bias" and not reader.is_saved(part.module) and not reader.alone:
             _check_equal(reader, key, place)
         else:
             found[place.path][place] = _value(reader, key, place)

@@ -150,7 +150,7 @@ def test_info_of_an_own_adapter(own):
     assert re.search(rf"^{MIX}  +linear  +4×5×5  +2  +2  +80 ", text, re.M)
 
 
-@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens"}))
+@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens", "nested"}))
 def test_info_of_peft(kind):
     found = called("info", PEFT / kind)
     lora, _ = jlora.peft.read(PEFT / kind)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _paths, _svd
+from jlora import _extract, _files, _paths, _svd
 from jlora._adapters import Adapter, Fingerprint, FullWeight, fingerprint
 from jlora._cli_adapters import Refusal, sites_like
 from jlora._cli_weights import Layout, Weights, compiled, load_checkpoint
@@ -177,7 +177,7 @@ def pairs_of_safetensors(
                 raise Refusal(f"'{_files.shown(name)}' holds {base[name].dtype} and differs: no adapter can have it.")
             continue
         read = _reader(base, name), _reader(tuned, name)
-        if not _svd.differ(read[0](), read[1]()):
+        if not _extract.differ(read[0](), read[1]()):
             found.append(Pair(name, None, "", *read, False))
         elif len(shape) == 2 and name.endswith(".weight"):
             found.append(_matrix(name, shape, read, layout, tables, tied))
@@ -263,7 +263,7 @@ def _leaves(
             continue
         site = sites.get(path)
         why = "" if site else "its axes are not known: only of a matrix named kernel, or with --like ADAPTER"
-        yield Pair(path, site, why, partial(np.asarray, x), partial(np.asarray, y), _svd.differ(x, y))
+        yield Pair(path, site, why, partial(np.asarray, x), partial(np.asarray, y), _extract.differ(x, y))
 
 
 def check_same(one: set[str], two: set[str]) -> None:

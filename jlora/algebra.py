@@ -202,7 +202,7 @@ def combine(
     paths = list(dict.fromkeys(path for lora in loras for path in lora))
     found = {path: [(w, lora[path]) for w, lora in zip(weights, loras, strict=True) if path in lora] for path in paths}
     wanting = {path for path in paths if _combine.needs_base(found[path], dense=method in ("ties", "dare"))}
-    lacking = [{path: lora[path] for path in wanting & set(lora)} for lora in loras]
+    lacking = [{path: x for path, x in lora.items() if path in wanting} for lora in loras]
     base = values_of(lacking, params, "combine(loras, params=params)")
     out: dict[str, Adapter] = {}
     for path, terms in found.items():

@@ -679,7 +679,7 @@ def test_combining_is_refused(here, own):
     assert "has no use for rank" in call("combine", "x", "one", "two", "--rank", 1, code=2)
     assert "of one format: one is orbax, llama is peft" in call("combine", "x", "one", PEFT / "llama", code=2)
     message = call("combine", "x", PEFT / "bert", PEFT / "bert", code=2)
-    assert "'classifier.weight' is trained outright" in message
+    assert "'classifier.bias' is trained outright" in message
     assert "Pass the base: --base BASE." in message
     assert "--density 0.5" in call("combine", "x", "one", "two", "--method", "ties", code=2)
     jlora.save(here / "three", trained(0), base_model_name_or_path="me/other")

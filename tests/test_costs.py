@@ -205,6 +205,33 @@ def test_no_gradient_of_a_factor_comes_out_transposed(programs):
     assert not re.findall(tall, text)
 
 
+def test_only_one_layer_of_a_rematerialised_stack_is_scaled_at_a_time():
+    """Scaled or turned as a whole before the scan, the factors would be there twice."""
+    layers, dim, rank, scale = 16, 64, 16, 3.0 / 16
+    stack = jax.ShapeDtypeStruct((layers, dim, dim), jnp.float32)
+    params, x = {"up": stack, "down": stack}, jax.ShapeDtypeStruct((8, dim), jnp.float32)
+
+    def net(layer):
+        @jax.checkpoint
+        def block(x, w):
+            return x + layer(jnp.tanh(layer(x, w, "up")), w, "down"), None
+
+        return lambda stacked, x: jax.lax.scan(block, x, stacked)[0]
+
+    fn = net(lambda x, w, name: x @ w[name])
+    by_hand = net(lambda x, w, name: x @ w[name] + (x @ w[f"a {name}"]) @ (scale * w[f"b {name}"]))
+    sites = jlora.sites(fn, params, x)
+    rule = jlora.LoRA(rank=rank, alpha=scale * rank)
+    lora = jax.eval_shape(lambda: jlora.init(jax.random.key(0), params, sites, rule))
+    factors = {f"a {name}": f.a for name, f in lora.items()} | {f"b {name}": f.b for name, f in lora.items()}
+
+    def bytes_of(trained, apply):
+        return temporaries(jax.grad(lambda t, p, x: (apply(p, t, x) ** 2).sum()), trained, params, x)
+
+    ours = bytes_of(lora, jlora.wrap(fn))
+    assert ours <= 1.01 * bytes_of(factors, lambda p, t, x: by_hand(p | t, x))
+
+
 def test_init_of_a_7b_shaped_tree_needs_no_base():
     """Shapes are enough for discovery; the factors are all that is allocated."""
     dim, ff, layers = 4096, 11008, 32

@@ -1,7 +1,7 @@
 """What every benchmark of the suite is: a module with these four names, one for each claim it stands for.
 
 * ``TITLE``: what it shows, in a line.
-* ``run(quick) -> dict``: measures; raw samples, of which JSON can be made. Peers that are not installed are named under ``"missing"``.
+* ``run(quick) -> dict`` (and ``only``, if parts of it can be run alone): measures; raw samples, of which JSON can be made. Peers that are not installed are named under ``"missing"``.
 * ``tables(results) -> list[Table]``: what a person reads.
 * ``claims(results) -> list[Claim]``: what README or docs say that this can refute, in flops, values, compilations or bytes, never in time.
 
@@ -10,6 +10,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import json
 import statistics
 import sys
@@ -102,10 +103,16 @@ def report(module: Any, results: dict[str, Any]) -> bool:
 def main(module: Any, argv: list[str] | None = None) -> None:
     """The command line of one benchmark; exits with 1 if a claim fails."""
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: the claims are checked, the times mean little")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: the claims are checked, the times mean little"
+    )
     parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
+    options = inspect.signature(module.run).parameters
+    if "only" in options:
+        parser.add_argument("--only", default="", help="parts whose name contains this")
     args = parser.parse_args(argv)
-    results = measure.environment() | {"quick": args.quick} | module.run(args.quick)
+    chosen = {"only": args.only} if "only" in options else {}
+    results = measure.environment() | {"quick": args.quick} | module.run(args.quick, **chosen)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if not report(module, results):

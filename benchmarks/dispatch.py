@@ -1,0 +1,291 @@
+"""What it costs to call a jitted step with an adapter of many factors: the tree taken apart, checked, and made again.
+
+    python -m benchmarks.dispatch [--quick] [--out dispatch.json]
+
+The factors are tiny, so that the arithmetic is nothing and the handling of the tree is all. They are held in turn as jlora's dict of
+adapters, as a nested dict, as a flat tuple, and as one vector that the step takes apart inside ``jit``. ``jlora, read again`` is an
+adapter of another ``jlora.sites`` of the same base, as one that was loaded: its fingerprint is equal to the one the step was compiled
+for, and not the same object. Three steps: one that only takes the tree; one of gradient descent, which makes it again; one of Adam,
+which takes and makes it three times.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+import jlora
+from benchmarks import measure, suite
+from jlora._adapters import Fingerprint
+
+TITLE = "Calling a jitted step: an adapter's tree against plainer ones"
+
+WIDTH, RANK = 4, 2
+PAIRS, QUICK = (10, 100, 1000), (5, 20)
+JLORA, AGAIN, DICT, TUPLE, VECTOR = "jlora", "jlora, read again", "dict", "tuple", "vector"
+TAKE, DESCENT, ADAM = "take", "gradient descent", "adam"
+DONATED = ", donated"
+PARTS = ("flatten", "unflatten")
+TREES = {
+    TAKE: (1, 0),
+    DESCENT: (1, 1),
+    ADAM: (3, 3),
+}  # trees like the adapter's that a step is given, and that it makes
+
+
+# --- What is called ---------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """The factors as they are held between steps, and what gives them to the model inside ``jit``."""
+
+    tree: Any
+    factors: Callable[[Any], list[jax.Array]]
+
+
+def adapter(pairs: int) -> dict[str, Any]:
+    """jlora's, of as many kernels as ``pairs``."""
+    params = {f"layer{i:04d}": {"kernel": jnp.full((WIDTH, WIDTH), 0.5)} for i in range(pairs)}
+
+    def model(params: Any, x: jax.Array) -> list[jax.Array]:
+        return [x @ w["kernel"] for w in params.values()]
+
+    found = jlora.sites(model, params, jnp.ones((1, WIDTH)))
+    return jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=RANK, targets=".*"))
+
+
+def layouts(pairs: int) -> dict[str, Layout]:
+    """Every way to hold the same factors, by its name in the table."""
+    lora = adapter(pairs)
+    vector, unravel = ravel_pytree(lora)
+    return {
+        JLORA: Layout(lora, jax.tree.leaves),
+        AGAIN: Layout(adapter(pairs), jax.tree.leaves),
+        DICT: Layout({path: x.arrays() for path, x in lora.items()}, jax.tree.leaves),
+        TUPLE: Layout(tuple(jax.tree.leaves(lora)), jax.tree.leaves),
+        VECTOR: Layout(vector, lambda vector: jax.tree.leaves(unravel(vector))),
+    }
+
+
+def make_step(kind: str, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``step(carried, x) -> (carried, number)``, and what is carried first."""
+    tx = optax.adam(1e-3)
+
+    def loss(tree: Any, x: jax.Array) -> jax.Array:
+        return x * sum(jnp.vdot(f, f) for f in layout.factors(tree))
+
+    def take(carried: Any, x: jax.Array) -> Any:
+        return (), x + 1.0  # jit leaves out arguments that nothing reads: they are taken apart and checked all the same
+
+    def descent(carried: Any, x: jax.Array) -> Any:
+        value, grads = jax.value_and_grad(loss)(carried[0], x)
+        return (jax.tree.map(lambda f, g: f - 0.001 * g, carried[0], grads),), value
+
+    def adam(carried: Any, x: jax.Array) -> Any:
+        tree, state = carried
+        value, grads = jax.value_and_grad(loss)(tree, x)
+        updates, state = tx.update(grads, state, tree)
+        return (optax.apply_updates(tree, updates), state), value
+
+    first = (layout.tree, tx.init(layout.tree)) if kind == ADAM else (layout.tree,)
+    return {TAKE: take, DESCENT: descent, ADAM: adam}[kind], first
+
+
+def stepper(step: Any, carried: Any, x: jax.Array) -> Callable[[], jax.Array]:
+    """A call that steps on from what the last one made, and returns the number only: to wait for a tree would take it apart again."""
+    held = [carried]
+
+    def run() -> jax.Array:
+        made, number = step(held[0], x)
+        held[0] = made or held[0]
+        return number
+
+    return run
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+def python_calls(fn: Callable[[], Any]) -> int:
+    """Calls that the interpreter makes during ``fn()``, of Python's functions and of C's."""
+    seen = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal seen
+        seen += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        fn()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def comparisons(fn: Callable[[], Any]) -> int:
+    """How often ``fn()`` compares two fingerprints by their values; one with itself does not count."""
+    seen, equal = [], Fingerprint.__eq__
+    Fingerprint.__eq__ = lambda self, other: seen.append(self) or equal(self, other)  # type: ignore[method-assign]
+    try:
+        fn()
+    finally:
+        Fingerprint.__eq__ = equal  # type: ignore[method-assign]
+    return len(seen)
+
+
+def measured(pairs: int, rounds: int) -> dict[str, Any]:
+    """Of one size: seconds and counts of every step, by layout, and seconds of its parts."""
+    held = layouts(pairs)
+    steps, counts = {}, {}
+    for kind, donated in ((TAKE, False), (DESCENT, False), (ADAM, False), (ADAM, True)):
+        name = kind + DONATED * donated
+        suite.progress(f"{pairs} pairs: {name}")
+        steps[name], counts[name] = of_step(kind, donated, held, rounds)
+    return {"step": steps, "counts": counts, "parts": parts(held, rounds)}
+
+
+def of_step(kind: str, donated: bool, held: dict[str, Layout], rounds: int) -> tuple[measure.Samples, dict[str, Any]]:
+    """Seconds and counts of one step, by layout."""
+    jitted: dict[str, Any] = {}
+    runs = {}
+    for name, layout in held.items():
+        if name == AGAIN and kind != TAKE:
+            continue  # what a step makes has the fingerprint that it was compiled for
+        step, carried = make_step(kind, layout._replace(tree=jax.tree.map(jnp.copy, layout.tree)))
+        compiled = jitted[name] = jitted[JLORA] if name == AGAIN else jax.jit(step, donate_argnums=(0,) * donated)
+        runs[name] = stepper(compiled, carried, jnp.ones(()))
+    seconds = measure.in_turns(runs, rounds)
+    return seconds, {
+        name: {
+            "python calls": python_calls(fn),
+            "comparisons of fingerprints": comparisons(fn),
+            "programs": jitted[name]._cache_size(),
+        }
+        for name, fn in runs.items()
+    }
+
+
+def parts(held: dict[str, Layout], rounds: int) -> dict[str, measure.Samples]:
+    """Seconds to take each layout's tree apart and to make it again."""
+
+    def apart(tree: Any) -> Callable[[], None]:
+        return lambda: (jax.tree.flatten(tree), None)[1]
+
+    def again(leaves: Any, structure: Any) -> Callable[[], None]:
+        return lambda: (jax.tree.unflatten(structure, leaves), None)[1]
+
+    trees = {name: layout.tree for name, layout in held.items()}
+    return {
+        "flatten": measure.in_turns({name: apart(tree) for name, tree in trees.items()}, rounds),
+        "unflatten": measure.in_turns({name: again(*jax.tree.flatten(tree)) for name, tree in trees.items()}, rounds),
+    }
+
+
+def run(quick: bool) -> dict[str, Any]:
+    sizes, rounds = (QUICK, 20) if quick else (PAIRS, 200)
+    return {"pairs": {str(pairs): measured(pairs, rounds) for pairs in sizes}}
+
+
+# --- What a person reads ----------------------------------------------------------------------------------------------
+
+
+def tables(results: dict[str, Any]) -> list[suite.Table]:
+    return [whole_steps(results["pairs"]), where_it_goes(results["pairs"]), read_again(results["pairs"])]
+
+
+def micro(samples: list[float]) -> float:
+    return 1e6 * statistics.median(samples)
+
+
+def whole_steps(by_size: dict[str, Any]) -> suite.Table:
+    """Microseconds of a step, by layout."""
+    names = (JLORA, DICT, TUPLE, VECTOR)
+    rows = []
+    for kind in next(iter(by_size.values()))["step"]:
+        for size, found in by_size.items():
+            step = found["step"][kind]
+            low, middle, high = suite.ratios(step[JLORA], step[DICT])
+            cells = [f"{micro(step[name]):.0f}" for name in names]
+            rows.append([kind, size, *cells, f"{middle:.2f}", f"{low:.2f} - {high:.2f}"])
+        medians = {name: [micro(found["step"][kind][name]) for found in by_size.values()] for name in names}
+        laws = [f"n^{suite.exponent([int(size) for size in by_size], medians[name]):.2f}" for name in names]
+        rows.append([kind, "growth", *laws, "", ""])
+    header = ["step", "pairs", *(f"{name}, µs" for name in names), "jlora / dict", "middle half"]
+    note = "Medians, from the call until its result is ready; growth: the power of the number of pairs that fits best."
+    return suite.Table("A jitted step", header, rows, note)
+
+
+def where_it_goes(by_size: dict[str, Any]) -> suite.Table:
+    """Of jlora's steps: how much is the tree's, and how much the arrays'."""
+    rows = []
+    for kind in next(iter(by_size.values()))["step"]:
+        taken, made = TREES[kind.removesuffix(DONATED)]
+        for size, found in by_size.items():
+            whole = micro(found["step"][kind][JLORA])
+            flatten, unflatten = (n * micro(found["parts"][part][JLORA]) for n, part in zip((taken, made), PARTS))
+            plain = micro(found["step"][kind][TUPLE])
+            calls = calls_a_node(found, kind, int(size))
+            cells = [f"{x:.0f}" for x in (whole, flatten, unflatten, plain)]
+            rows.append([kind, size, *cells, f"{flatten / whole:.0%}", f"{unflatten / whole:.0%}", f"{calls:.2f}"])
+    header = [
+        "step",
+        "pairs",
+        "jlora, µs",
+        "flatten",
+        "unflatten",
+        "as a tuple",
+        "flatten",
+        "unflatten",
+        "calls a node",
+    ]
+    note = (
+        "flatten and unflatten are timed apart, times the trees that the step takes or makes; as a tuple: the same step of the same "
+        "arrays. Calls: of Python, for each adapter node that the step takes or makes, beyond those of the tuple."
+    )
+    return suite.Table("Where a call of jlora's goes", header, rows, note)
+
+
+def read_again(by_size: dict[str, Any]) -> suite.Table:
+    """What an adapter costs whose fingerprint is equal to the compiled one's, but another object."""
+    rows = []
+    for size, found in by_size.items():
+        step, counts = found["step"][TAKE], found["counts"][TAKE]
+        cells = [f"{micro(step[name]):.0f}" for name in (JLORA, AGAIN)]
+        compared = [str(counts[name]["comparisons of fingerprints"]) for name in (JLORA, AGAIN)]
+        rows.append([size, *cells, f"{suite.ratios(step[AGAIN], step[JLORA])[1]:.2f}", *compared])
+    header = ["pairs", "the same, µs", "read again, µs", "ratio", "the same: comparisons", "read again: comparisons"]
+    return suite.Table("A step that takes an adapter that was read again", header, rows)
+
+
+def calls_a_node(found: dict[str, Any], kind: str, pairs: int) -> float:
+    """Calls of Python in a step, for each adapter node that it takes or makes, beyond those of a tuple's step."""
+    counts = found["counts"][kind]
+    more = counts[JLORA]["python calls"] - counts[TUPLE]["python calls"]
+    return more / (pairs * sum(TREES[kind.removesuffix(DONATED)]))
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------------
+
+
+def claims(results: dict[str, Any]) -> list[suite.Claim]:
+    by_size = results["pairs"]
+    counts = [(kind, name, c) for x in by_size.values() for kind, by in x["counts"].items() for name, c in by.items()]
+    programs = max(c["programs"] for *_, c in counts)
+    calls = max(calls_a_node(x, kind, int(size)) for size, x in by_size.items() for kind in x["counts"])
+    compared = max(c["comparisons of fingerprints"] for _, name, c in counts if name == JLORA)
+    again = max(x["counts"][TAKE][AGAIN]["comparisons of fingerprints"] / int(size) for size, x in by_size.items())
+    return [
+        suite.Claim("A step is compiled once, also for an adapter that was read again", programs == 1, f"{programs}"),
+        suite.Claim("An adapter node costs at most 5 calls of Python each time", calls <= 5, f"{calls:.2f}"),
+        suite.Claim("A loop that steps on compares no fingerprints", compared == 0, f"{compared}"),
+        suite.Claim("An adapter that was read again compares one a node at most", again <= 1, f"{again:.2f} a node"),
+    ]
+
+
+if __name__ == "__main__":
+    suite.main(sys.modules[__name__])

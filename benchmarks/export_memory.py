@@ -2,8 +2,9 @@
 
     python -m benchmarks.export_memory [--quick] [--out export_memory.json]
 
-Three ways, each in a process of its own, from a base in host memory: ``jlora.export.save``, leaf by leaf; ``jlora.merge`` and
-safetensors; ``jlora.merge`` and orbax. What is counted is the system's own figure of the resident set.
+Each way in a process of its own, from a base in host memory: safetensors by ``jlora.export.save``, leaf by leaf, or by ``jlora.merge``
+and a writer of whole files; an orbax checkpoint by ``jlora.export.save_orbax``, leaf by leaf, or by ``jlora.merge`` and orbax. What is
+counted is the system's own figure of the resident set.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import measure
 
-WAYS = ("jlora.export.save", "merge, then safetensors", "merge, then orbax")
+WAYS = ("jlora.export.save", "merge, then safetensors", "jlora.export.save_orbax", "merge, then orbax")
 HEADER = ["way", "base, MB", "one leaf, MB", "peak over the base, MB"]
 
 CODE = """
@@ -35,6 +36,9 @@ def write(way, params, folder):
     if way == "jlora.export.save":
         jlora.export.save(folder, params, lora, sites=sites)
         return
+    if way == "jlora.export.save_orbax":
+        jlora.export.save_orbax(folder, params, lora)
+        return
     merged = jlora.merge(params, lora)
     if way.endswith("orbax"):
         import orbax.checkpoint as ocp
@@ -46,7 +50,8 @@ def write(way, params, folder):
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 write(way, {"w00": np.ones((64, 64), np.float32)}, folder + "-small")  # what is loaded and compiled once
-params = {f"w{i:02d}": np.full((width, width), 1 / width, np.float32) for i in range(leaves)}
+rng = np.random.default_rng(0)  # orbax compresses what repeats itself
+params = {f"w{i:02d}": rng.standard_normal((width, width), np.float32) for i in range(leaves)}
 before = peak()
 write(way, params, folder)
 print(peak() - before)

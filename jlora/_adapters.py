@@ -141,7 +141,7 @@ class LowRank(Adapter):
         base: Fingerprint of the tree the adapter was made for.
         use: How the model uses the leaf, as ``Site.kind``: formats of other libraries file tables and convolutions apart.
         window: Of a convolution, the inputs that its window runs along.
-        groups: Of a grouped convolution, the number of its groups; 0 of a transposed one.
+        groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, below zero if that is in groups.
 
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1.

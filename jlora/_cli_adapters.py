@@ -13,6 +13,7 @@ import jlora
 from jlora import _files, _peft_config, peft
 from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
 from jlora._cli_show import Refusal
+from jlora._export_tree import MARKS as CHECKPOINT
 from jlora._peft_read import TENSORS, open_tensors, part_of
 from jlora._sites import Site, Sites
 
@@ -22,7 +23,7 @@ MARKS: Mapping[str, tuple[str, ...]] = {
     "orbax": (JSON,),
     "peft": (_peft_config.FILE,),
     "safetensors": ("model.safetensors", "model.safetensors.index.json"),
-    "checkpoint": ("_METADATA", "_CHECKPOINT_METADATA"),
+    "checkpoint": CHECKPOINT,
 }
 """Of each kind of folder, files that one of it has."""
 WORDS = {"orbax": "an adapter", "peft": "a PEFT adapter", "safetensors": "a model", "checkpoint": "a checkpoint"}
@@ -179,7 +180,8 @@ def _named(file: Path, path: str, value: Any) -> Any:
         return peft.Weight(value)
     if isinstance(value, list):
         return [_named(file, path, x) for x in value]
-    wanted: dict[str, tuple[type, ...]] = {"name": (str,), "layout": (str,), "rotary_heads": (int,), "nesting": (int,)}
+    words, numbers = ("name", "layout", "transposed"), ("rotary_heads", "nesting")
+    wanted: dict[str, type] = dict.fromkeys(words, str) | dict.fromkeys(numbers, int)
     ok = isinstance(value, dict) and "name" in value and set(value) <= set(wanted)
     if not ok or any(isinstance(x, bool) or not isinstance(x, wanted[k]) for k, x in value.items()):
         raise Refusal(

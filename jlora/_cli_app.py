@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import typer
 
 from jlora import _cli_adapters as adapters
@@ -23,6 +21,7 @@ from jlora._cli_adapters import Opened, Writing
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
 from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._fold import Fold
 
 
 @command(
@@ -69,13 +68,13 @@ def merge(
     if (rounding == "stochastic") != (seed is not None):
         raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
     key = None if seed is None else jax.random.key(seed)
-    rule = merging.Rounding(None if dtype is None else np.dtype(jnp.dtype(dtype)), key)
+    fold = Fold(dtype, rounding, key)
     out = adapters.free(out, kind, force, [base, adapter])
     begin = functools.partial(progress, "merge", quiet=json)
     if kind == "checkpoint":
         if conv1d is not None or prefix is not None or tied or add_new:
             raise Refusal("--conv1d, --prefix, --tied and --add-new are for safetensors.")
-        report = merging.merge_checkpoint(base, adapter, out, rule, force, begin)
+        report = merging.merge_checkpoint(base, adapter, out, fold, force, begin)
     else:
         weights = models.Weights(base)
         renamed = ("", "") if prefix is None else _split("--prefix", prefix)
@@ -84,7 +83,7 @@ def merge(
         options: dict[str, Any] = {"conv1d": conv1d, "renamed": renamed, "tied": same, "add_new": add_new}
         plan = merging.Plan(weights, found, **options)
         with begin(len(weights) + len(plan.added)) as step:
-            report = merging.merge_safetensors(plan, out, rule, force, step)
+            report = merging.merge_safetensors(plan, out, fold, force, step)
     rows = [(name, percent(x)) for name, x in report.lost.items()]
     rows += [(name, "whole") for name in [*report.replaced, *report.added]]
     screen.table(("merged", "lost in rounding"), rows, right=(1,))

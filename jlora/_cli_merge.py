@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,51 +15,13 @@ import jlora
 from jlora import _files, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_adapters import Opened, Refusal, new_folder
-from jlora._cli_weights import (
-    FLOATS,
-    OTHER_WEIGHTS,
-    SPELLED,
-    Layout,
-    Weights,
-    load_checkpoint,
-    save_checkpoint,
-    sync,
-)
-from jlora._init import fold_path
+from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
+from jlora._export_tree import write_merged
+from jlora._fold import Fold
 from jlora._peft_read import open_tensors, part_of
-from jlora.export import INDEX, ONE, stochastic_round
+from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]
-
-
-class Rounding(NamedTuple):
-    """To which dtype, and how.
-
-    Attributes:
-        dtype: ``None`` for each tensor's own.
-        key: For stochastic rounding.
-    """
-
-    dtype: np.dtype | None
-    key: jax.Array | None
-
-    def __call__(self, name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """``x`` in ``dtype``; what is finite stays so, or the call fails."""
-        with np.errstate(all="ignore"):
-            narrower = jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits
-            if self.key is not None and narrower:
-                # JAX has fp64 only on request; its last bits do not matter to 16-bit floats.
-                wide = jnp.asarray(x.astype(np.float32) if dtype.itemsize < 4 else x)
-                y = np.asarray(stochastic_round(fold_path(self.key, name), wide, dtype))
-            else:
-                y = x.astype(dtype)
-            if narrower and not _finite(y) and _finite(x):
-                raise Refusal(f"'{_files.shown(name)}' has values that {dtype} cannot hold.\n  Choose another --dtype.")
-        return y
-
-
-def _finite(x: np.ndarray) -> bool:
-    return bool(np.isfinite(x.astype(np.float32) if x.dtype.itemsize < 4 else x).all())
 
 
 @dataclass
@@ -79,15 +41,6 @@ class Report:
     added: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-
-
-def fold(name: str, w: np.ndarray, update: np.ndarray, dtype: np.dtype, rounding: Rounding) -> tuple[np.ndarray, float]:
-    """The merged weight, and what rounding lost of the update."""
-    wide = np.promote_types(np.promote_types(w.dtype, update.dtype), np.float32)
-    w, update = w.astype(wide), update.astype(wide)
-    stored = rounding(name, w + update, dtype)
-    size = np.linalg.norm(update)
-    return stored, float(np.linalg.norm(stored.astype(wide) - w - update) / size) if size > 0 else 0.0
 
 
 # --- safetensors and PEFT ----------------------------------------------------------------------------------------------
@@ -256,19 +209,19 @@ def _check_tied(lora: Mapping[str, Adapter], one: str, two: str) -> None:
         )
 
 
-def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, step: Step) -> Report:
+def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step) -> Report:
     """Writes the merged model in the files of the base."""
     weights, report = plan.weights, Report()
     name_of = {file: (file if weights.folder is not None else ONE) for file in weights.files}
     files = {name_of[file]: list(names) for file, names in weights.files.items()}
     new = [name for name in plan.full if name not in weights]
     files[list(files)[-1]] += new
-    common = next((FLOATS[t.dtype] for t in weights.values() if t.dtype in FLOATS), np.dtype(np.float32))
+    common = next((_files.FLOATS[t.dtype] for t in weights.values() if t.dtype in _files.FLOATS), np.dtype(np.float32))
 
     def dtype_of(name: str) -> np.dtype | None:
         if name in weights and not weights.is_float(name):
             return None
-        return rounding.dtype or (FLOATS[weights[name].dtype] if name in weights else common)
+        return fold.dtype_of(_files.FLOATS[weights[name].dtype] if name in weights else common)
 
     def entry(name: str) -> _files.Entry:
         dtype = dtype_of(name)
@@ -276,7 +229,7 @@ def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, st
             have = weights[name]
             return _files.Entry(name, have.dtype, have.shape, have.size)
         shape = weights[name].shape if name in weights else plan.full[name].shape
-        return _files.Entry(name, SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        return _files.Entry(name, _files.SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
 
     with new_folder(out, "safetensors", force) as part:
         sizes: dict[str, tuple[str, int]] = {}
@@ -289,7 +242,7 @@ def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, st
                     if dtype is None or (e.name in weights and _untouched(plan, e.name, dtype)):
                         weights.copy(e.name, f)
                     else:
-                        contents = np.ascontiguousarray(_contents(plan, e.name, dtype, rounding, report))
+                        contents = np.ascontiguousarray(_contents(plan, e.name, dtype, fold))
                         f.write(contents.reshape(-1).view(np.uint8).data)
                     sizes[e.name] = file, e.size
                     step(e.name)
@@ -299,26 +252,25 @@ def merge_safetensors(plan: Plan, out: Path, rounding: Rounding, force: bool, st
             where = {name: file for name, (file, _) in sizes.items()}
             _files.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         if weights.folder is not None:
-            _copy_rest(weights.folder, part, set(files), rounding.dtype, report)
-    report.added = new
+            _copy_rest(weights.folder, part, set(files), fold.dtype, report)
+    report.lost, report.added = fold.lost, new
     report.replaced = [name for name in plan.full if name not in new]
     return report
 
 
 def _untouched(plan: Plan, name: str, dtype: np.dtype) -> bool:
-    return name not in plan.low and name not in plan.full and FLOATS[plan.weights[name].dtype] == dtype
+    return name not in plan.low and name not in plan.full and _files.FLOATS[plan.weights[name].dtype] == dtype
 
 
-def _contents(plan: Plan, name: str, dtype: np.dtype, rounding: Rounding, report: Report) -> np.ndarray:
+def _contents(plan: Plan, name: str, dtype: np.dtype, fold: Fold) -> np.ndarray:
     if name in plan.full:
-        return rounding(name, np.asarray(plan.full[name].value), dtype)
+        return fold.stored(name, np.asarray(plan.full[name].value), dtype)
     w = plan.weights.read(name)
     if name not in plan.low:
-        return rounding(name, w, dtype)
+        return fold.stored(name, w, dtype)
     adapter, turned = plan.low[name]
     update = np.asarray(adapter.delta(None))
-    stored, report.lost[name] = fold(name, w, update.swapaxes(-1, -2) if turned else update, dtype, rounding)
-    return stored
+    return fold.added(name, w, update.swapaxes(-1, -2) if turned else update)
 
 
 def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, report: Report) -> None:
@@ -341,30 +293,11 @@ def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, 
 # --- orbax -------------------------------------------------------------------------------------------------------------
 
 
-def merge_checkpoint(base: Path, adapter: Path, out: Path, rounding: Rounding, force: bool, begin: Any) -> Report:
-    """Writes the merged parameters as an orbax checkpoint; the base is in memory once."""
+def merge_checkpoint(base: Path, adapter: Path, out: Path, fold: Fold, force: bool, begin: Any) -> Report:
+    """Writes the merged parameters as an orbax checkpoint; the base is in memory, and of what is merged a leaf at a time."""
     params = load_checkpoint(base)
     lora = jlora.load(adapter, params)
-    paths, leaves, tree = _paths.flatten(params)
-    del params
-    report = Report()
-    with begin(len(paths)) as step:
-        for i, path in enumerate(paths):
-            leaf: Any = leaves[i]
-            own = np.dtype(getattr(leaf, "dtype", np.int32))
-            if own in SPELLED:
-                dtype = rounding.dtype or own
-                if isinstance(lora.get(path), FullWeight):
-                    leaves[i] = rounding(path, np.asarray(lora[path].arrays()["value"]), dtype)
-                    report.replaced.append(path)
-                elif path in lora:
-                    w, update = np.asarray(leaf), np.asarray(lora[path].delta(None))
-                    leaves[i], report.lost[path] = fold(path, w, update, dtype, rounding)
-                elif own != dtype:
-                    leaves[i] = rounding(path, np.asarray(leaf), dtype)
-            elif path in lora:
-                raise Refusal(f"'{path}' in the base holds {own}, which nothing can be added to.")
-            step(path)
-    with new_folder(out, "checkpoint", force) as part:
-        save_checkpoint(part, jax.tree_util.tree_unflatten(tree, leaves))
-    return report
+    with begin(len(jax.tree.leaves(params))) as step:
+        write_merged(out, params, lora, fold, overwrite=force, progress=lambda name, done, total: step(name))
+    whole = [path for path in lora if isinstance(lora[path], FullWeight)]
+    return Report(lost={path: x for path, x in fold.lost.items() if path not in whole}, replaced=whole)

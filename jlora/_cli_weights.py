@@ -1,26 +1,21 @@
 """Base models as the command line knows them: safetensors read and written tensor by tensor, and orbax checkpoints of parameters."""
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files
 from jlora._cli_adapters import MARKS, Refusal
-from jlora.export import INDEX, ONE
+from jlora.export import INDEX, ONE, open_weights
 
 Kind = Literal["safetensors", "checkpoint"]
-FLOATS: Mapping[str, np.dtype] = {
-    name: jnp.dtype(dtype)
-    for name, dtype in {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.items()
-}
-SPELLED = {dtype: name for name, dtype in FLOATS.items()}
 CONV1D = frozenset(
     {
         "gpt2",
@@ -39,20 +34,9 @@ CONV1D = frozenset(
 OTHER_WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|ggml|onnx|onnx_data|npz|tflite)|.*\.index\.json"
 )
-CHUNK = 16 * 2**20
 
 
-class Tensor(NamedTuple):
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, _files.Tensor]):
     """The tensors of a PyTorch model by name. Headers were read; contents are when they are asked for.
 
     Attributes:
@@ -62,49 +46,32 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, path: Path):
         self.folder = path if path.is_dir() else None
-        self.files: dict[str, list[str]] = {}
-        self._tensors: dict[str, Tensor] = {}
-        for file in _shards(path):
-            found = _header(file)
-            twice = set(found) & set(self._tensors)
-            if twice:
-                raise Refusal(f"'{_files.shown(min(twice))}' is in two files of {path}.")
-            self._tensors |= found
-            self.files[file.name] = list(found)
+        self._sources = open_weights(path)
+        self.files = {
+            source.file.name: sorted(source.header, key=lambda name: (source.header[name].start, name))
+            for source in sorted(set(self._sources.values()), key=lambda source: source.file)
+        }
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def __getitem__(self, name: str) -> _files.Tensor:
+        return self._sources[name].header[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return itertools.chain.from_iterable(self.files.values())
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._sources)
 
     def is_float(self, name: str) -> bool:
         """Whether arithmetic can be done with a tensor."""
-        return self[name].dtype in FLOATS
+        return self[name].dtype in _files.FLOATS
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of floats."""
-        found = self[name]
-        count = found.size // FLOATS[found.dtype].itemsize
-        x = np.fromfile(found.file, FLOATS[found.dtype], count, offset=found.start)
-        if x.size != count:
-            raise Refusal(f"{found.file} was cut while it was read.")
-        return x.reshape(found.shape)
+        return self._sources[name].read(name)
 
     def copy(self, name: str, to: BinaryIO) -> None:
         """Copies the contents of a tensor, whatever it holds."""
-        found, left = self[name], self[name].size
-        with open(found.file, "rb") as f:
-            f.seek(found.start)
-            while left:
-                piece = f.read(min(CHUNK, left))
-                if not piece:
-                    raise Refusal(f"{found.file} was cut while it was read.")
-                to.write(piece)
-                left -= len(piece)
+        self._sources[name].copy(name, to)
 
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``; empty if there is none."""
@@ -129,42 +96,6 @@ def kind_of(path: Path) -> Kind:
     if pickles:
         more = f"\n  {pickles[0]} is a pickle, which is never read: save the model again with safetensors."
     raise Refusal(f"There is no model at {path}: neither {ONE}, nor {INDEX}, nor an orbax checkpoint.{more}")
-
-
-def _shards(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not (path / INDEX).exists():
-        return [path / ONE]
-    found = _files.read_json(path / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(x, str) for x in found.values()):
-        raise Refusal(f"{path / INDEX} has no weight_map.")
-    for name in set(found.values()):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise Refusal(f"{path / INDEX} names the file '{_files.shown(name)}', which is not beside it.")
-    return [path / name for name in sorted(set(found.values()))]
-
-
-def _header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file in the order in which they lie there. The library checks that they fill it, one after the other."""
-    library = _files.safetensors()
-    size = _files.check_regular(file)
-    try:
-        with library.safe_open(file, framework="np"):
-            pass
-    except (library.SafetensorError, OSError) as error:
-        raise Refusal(f"{file} is no safetensors file, or is damaged: {error}.") from None
-    with open(file, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if length > min(_files.MAX_HEADER, size):
-            raise Refusal(f"The header of {file} has {length:,} bytes; at most {_files.MAX_HEADER:,} are read.")
-        header = json.loads(f.read(length))
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = x["data_offsets"]
-        tensors[name] = Tensor(file, x["dtype"], tuple(x["shape"]), 8 + length + start, end - start)
-    return tensors
 
 
 def sync(f: BinaryIO) -> None:
@@ -253,15 +184,3 @@ def load_checkpoint(path: Path, *, values: bool = True) -> Any:
             return checkpointer.restore(path, shapes) if values else shapes
     except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
         raise Refusal(f"The checkpoint at {path} cannot be read: {type(error).__name__} {error}.") from error
-
-
-def save_checkpoint(folder: Path, params: Any) -> None:
-    """Writes parameters into an empty folder."""
-    import orbax.checkpoint as ocp
-
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, params, force=True)
-            checkpointer.wait_until_finished()
-    except ValueError as error:  # the storage below reports a full disk so
-        raise OSError(f"The checkpoint could not be saved: {error}") from error

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,15 +22,33 @@ import numpy as np
 MAX_HEADER = 32 * 2**20
 MAX_JSON = 16 * 2**20
 MAX_TENSORS = 100_000
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Dtypes of weights and their size in bytes, by the name the format has for them."""
+FLOATS: Mapping[str, np.dtype] = {
+    name: jnp.dtype(dtype)
+    for name, dtype in {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.items()
+}
+"""Dtypes of weights, by the name the format has for them."""
+SPELLED: Mapping[np.dtype, str] = {dtype: name for name, dtype in FLOATS.items()}
+INTEGERS: Mapping[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+        "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    }.items()
+}  # fmt: skip
+_OTHERS = {"C64": 64, "F4": 4, **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6)}
+_OTHERS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+BITS: Mapping[str, int] = {n: 8 * d.itemsize for n, d in {**FLOATS, **INTEGERS}.items()} | _OTHERS
+"""All dtypes of the format, and the bits of one number."""
+CHUNK = 16 * 2**20
 
 
 class Tensor(NamedTuple):
-    """What a header says of one tensor."""
+    """What a header says of one tensor: where in the file it starts, and how many bytes it has."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 def folder(path: Any) -> Path:
@@ -41,7 +59,7 @@ def folder(path: Any) -> Path:
 
 
 def safetensors() -> Any:
-    """The library that reads and writes the format."""
+    """The library that writes the format."""
     try:
         import safetensors.numpy
     except ImportError:
@@ -77,26 +95,48 @@ def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
 class Safetensors:
     """A safetensors file whose header was checked; tensors are read one by one.
 
+    Args:
+        file: The file.
+        dtypes: Those it may hold: of an adapter floats; of a model whatever the format has.
+
     Attributes:
         file: The file.
-        header: Dtype and shape of each tensor by name, in the order of names.
+        header: What it says of each tensor by name, in the order of names.
     """
 
-    def __init__(self, file: Path):
-        self._library = safetensors()
+    def __init__(self, file: Path, dtypes: Collection[str] = FLOATS):
         self.file = file
-        self.header = _header(file)
+        self.header = _header(file, dtypes)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the dtype of the file."""
-        try:
-            with self._library.safe_open(self.file, framework="np") as f:
-                return f.get_tensor(name)
-        except (self._library.SafetensorError, OSError) as error:
-            raise ValueError(f"{self.file} is damaged: {error}.") from None
+        """One tensor of floats or integers, in the dtype of the file."""
+        found = self.header[name]
+        dtype = FLOATS.get(found.dtype) or INTEGERS.get(found.dtype)
+        if dtype is None:
+            raise ValueError(f"'{shown(name)}' in {self.file} holds {found.dtype}, which is not read here.")
+        x = np.fromfile(self.file, dtype, found.size // dtype.itemsize, offset=found.start)
+        if x.nbytes != found.size:
+            raise self._cut()
+        return x.reshape(found.shape)
+
+    def copy(self, name: str, to: BinaryIO) -> None:
+        """Copies the contents of a tensor, whatever it holds."""
+        found = self.header[name]
+        left = found.size
+        with open(self.file, "rb") as f:
+            f.seek(found.start)
+            while left:
+                piece = f.read(min(CHUNK, left))
+                if not piece:
+                    raise self._cut()
+                to.write(piece)
+                left -= len(piece)
+
+    def _cut(self) -> ValueError:
+        return ValueError(f"{self.file} is damaged: it was cut while it was read.")
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
     size = check_regular(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -110,29 +150,29 @@ def _header(file: Path) -> dict[str, Tensor]:
     try:
         found = json.loads(raw, object_pairs_hook=_once)
         found.pop("__metadata__", None)
-        tensors = {
-            str(name): (Tensor(str(x["dtype"]), tuple(x["shape"])), tuple(x["data_offsets"]))
-            for name, x in found.items()
+        entries = {
+            str(name): (str(x["dtype"]), tuple(x["shape"]), tuple(x["data_offsets"])) for name, x in found.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The header of {file} is damaged: {type(error).__name__} {str(error)[:200]}.") from None
-    if not 0 < len(tensors) <= MAX_TENSORS:
-        raise ValueError(f"{file} holds {len(tensors):,} tensors; 1 to {MAX_TENSORS:,} are read.")
-    for name, entry in tensors.items():
-        _check_entry(file, name, *entry)
-    end = 0
-    for name, (tensor, (start, stop)) in sorted(tensors.items(), key=lambda item: item[1][1]):
-        need = math.prod(tensor.shape) * DTYPES[tensor.dtype]
-        if start != end or stop - start != need:
+    if not 0 < len(entries) <= MAX_TENSORS:
+        raise ValueError(f"{file} holds {len(entries):,} tensors; 1 to {MAX_TENSORS:,} are read.")
+    for name, entry in entries.items():
+        _check_entry(file, name, dtypes, *entry)
+    end, begin = 0, 8 + length
+    for name, (dtype, shape, (start, stop)) in sorted(entries.items(), key=lambda item: item[1][2]):
+        bits = math.prod(shape) * BITS[dtype]
+        if start != end or 8 * (stop - start) != bits:
             raise ValueError(
-                f"The header of {file} is damaged: '{shown(name)}' of {need:,} bytes lies at {start:,} to {stop:,}, after {end:,}."
+                f"The header of {file} is damaged: '{shown(name)}' of {bits / 8:,.0f} bytes lies at {start:,} to {stop:,}, after {end:,}."
             )
         end = stop
-    if end != size - 8 - length:
-        raise ValueError(
-            f"{file} was cut or added to: its tensors take {end:,} bytes, there are {size - 8 - length:,}."
-        )
-    return {name: tensors[name][0] for name in sorted(tensors)}
+    if end != size - begin:
+        raise ValueError(f"{file} was cut or added to: its tensors take {end:,} bytes, there are {size - begin:,}.")
+    return {
+        name: Tensor(dtype, shape, begin + start, stop - start)
+        for name, (dtype, shape, (start, stop)) in sorted(entries.items())
+    }
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,13 +181,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _check_entry(file: Path, name: str, tensor: Tensor, offsets: tuple[Any, ...]) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"'{shown(name)}' in {file} holds {shown(tensor.dtype)}; weights are {', '.join(sorted(DTYPES))}."
-        )
-    numbers = (*tensor.shape, *offsets)
-    if not all(type(x) is int and 0 <= x < 2**62 for x in numbers) or len(offsets) != 2 or len(tensor.shape) > 32:
+def _check_entry(
+    file: Path, name: str, dtypes: Collection[str], dtype: str, shape: tuple[Any, ...], offsets: tuple[Any, ...]
+) -> None:
+    if dtype not in dtypes:
+        raise ValueError(f"'{shown(name)}' in {file} holds {shown(dtype)}; here it may be {', '.join(sorted(dtypes))}.")
+    numbers = (*shape, *offsets)
+    if not all(type(x) is int and 0 <= x < 2**62 for x in numbers) or len(offsets) != 2 or len(shape) > 32:
         raise ValueError(f"The header of {file} is damaged: '{shown(name)}' has shape and offsets {shown(numbers)}.")
 
 

@@ -89,6 +89,8 @@ def layer_of(axes: Axes, place: Place) -> Layer:
             )
         return "parameter"
     if axes.window:
+        if place.weight.transposed:
+            raise ValueError(f"PEFT has no factors for '{place.path}', a transposed convolution.\n  Merge it instead.")
         return "conv"
     return "embedding" if "lookup" in axes.use and (place.first or "linear" not in axes.use) else "linear"
 
@@ -182,33 +184,55 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
     """The order of a leaf's axes in the PyTorch weight, and that weight's shape."""
     (i, o), n = axes.sizes, axes.experts
     front = (n,) if axes.batch else ()
+    if weight.transposed and not axes.window:
+        raise ValueError(
+            f"Weight('{weight.name}', transposed=...) is for a convolution, which the model here does not use it as."
+        )
     if not axes.inputs:
         flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
         return list(range(len(axes.shape))), flat
     if axes.window:
-        if axes.groups == 0:
-            raise ValueError(
-                f"'{weight.name}' is a transposed convolution, whose kernel lies differently in PyTorch.\n"
-                "  Leave it out: names={path: ()}."
-            )
         kernel = tuple(axes.shape[d] for d in axes.window)
         channels = prod(axes.shape[d] for d in axes.channels)
+        if _is_transposed(axes, weight):
+            return [*axes.channels, *axes.outputs, *axes.window], (channels, o, *kernel)
         return [*axes.outputs, *axes.channels, *axes.window], (o, channels, *kernel)
     if "lookup" in axes.use or weight.layout == "in_out":
         return [*axes.batch, *axes.inputs, *axes.outputs], (*front, i, o)
     return [*axes.batch, *axes.outputs, *axes.inputs], (*front, o, i)
 
 
+def _is_transposed(axes: Axes, weight: Weight) -> bool:
+    """Whether a kernel is that of a transposed convolution in PyTorch: what was said, since with stride 1 nothing else tells."""
+    if axes.groups < 0 or (weight.transposed and axes.groups > 1):
+        raise ValueError(
+            f"'{weight.name}' is a transposed convolution in groups, whose kernel is made up otherwise in PyTorch.\n"
+            "  Leave it out: names={path: ()}."
+        )
+    if axes.groups == 0 and not weight.transposed:
+        raise ValueError(
+            f"'{weight.name}' is a transposed convolution, whose kernel lies differently in PyTorch.\n"
+            f"  Say how: names={{path: Weight('{weight.name}', transposed='reversed')}} as in Flax, 'as_is' with transpose_kernel=True."
+        )
+    return weight.transposed is not None
+
+
+def _reversed(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
+    """A PyTorch weight with its window the other way round, where it is."""
+    return np.flip(x, tuple(range(-len(axes.window), 0))) if weight.transposed == "reversed" else x
+
+
 def to_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
     """A whole leaf, or a slice of it, as the PyTorch weight."""
     order, shape = _order(axes, weight)
-    return _rotated(np.ascontiguousarray(x.transpose(order)).reshape(shape), axes, weight, back=False)
+    x = np.ascontiguousarray(x.transpose(order)).reshape(shape)
+    return _rotated(_reversed(x, axes, weight), axes, weight, back=False)
 
 
 def from_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
     """The inverse of ``to_torch``."""
     order, _ = _order(axes, weight)
-    x = _rotated(x, axes, weight, back=True).reshape([axes.shape[d] for d in order])
+    x = _reversed(_rotated(x, axes, weight, back=True), axes, weight).reshape([axes.shape[d] for d in order])
     return x.transpose([order.index(d) for d in range(len(order))])
 
 

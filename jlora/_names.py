@@ -30,6 +30,8 @@ class Weight:
         is_transposed: Of experts that are ``"in_out"``: whether their module has this attribute, which PEFT asks since 0.19.
         nesting: Where several 3-D parameters of one module are adapted, the place of this one among them, from 0, in the order in
             which the module registers them: PEFT's keys do not name it.
+        transposed: Of ``nn.ConvTranspose1d`` to ``3d``, whose weight is (in, out, window): ``"reversed"`` if its window runs the other way
+            than the leaf's, as that of Flax's ``ConvTranspose`` does; ``"as_is"`` if it is the same, as with ``transpose_kernel=True``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Weight:
     rotary_heads: int | None = None
     nesting: int | None = None
     is_transposed: bool = False
+    transposed: Literal["reversed", "as_is"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "/" in self.name:
@@ -49,6 +52,8 @@ class Weight:
             )
         if self.layout not in (None, "out_in", "in_out"):
             raise ValueError(f"Weight(layout=...) must be 'out_in' or 'in_out'.\n  got: {self.layout!r}")
+        if self.transposed not in (None, "reversed", "as_is"):
+            raise ValueError(f"Weight(transposed=...) must be 'reversed' or 'as_is'.\n  got: {self.transposed!r}")
 
     @property
     def module(self) -> str:

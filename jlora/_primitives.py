@@ -185,8 +185,10 @@ def _conv_use(eqn: Eqn, position: int) -> Use | None:
 
 
 def _groups(eqn: Eqn) -> int:
-    """The groups of a convolution; 0 if it is a transposed one."""
-    return 0 if any(n != 1 for n in eqn.params["lhs_dilation"] or ()) else int(eqn.params["feature_group_count"])
+    """The groups of a convolution; of a transposed one 0, or if it is in groups their number below zero."""
+    groups = int(eqn.params["feature_group_count"])
+    transposed = any(n != 1 for n in eqn.params["lhs_dilation"] or ())
+    return groups if not transposed else 0 if groups == 1 else -groups
 
 
 def ragged_use(eqn: Eqn, position: int) -> Use | None:

@@ -32,7 +32,8 @@ class Site:
         uses: Every use found.
         head: Whether it is an output head: an output of the function depends on other weights only through it.
         window: Those of ``inputs`` that the window of a convolution runs along.
-        groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, whose input is dilated.
+        groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, whose input is dilated, and below zero if that
+            is in groups. One of stride 1 dilates nothing, and cannot be told from a plain one with more padding.
         reason: Why the leaf cannot be adapted; empty if it can.
     """
 
@@ -184,7 +185,7 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
         head,
         reason,
         window,
-        0 if 0 in groups else max(groups),
+        min(groups) if min(groups) < 1 else max(groups),
     )
 
 

@@ -4,28 +4,31 @@ Leaves are merged and written one by one, so that no second copy of the base is 
 ``pip install "jlora[peft]"``.
 """
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _hosts, _jax, _layouts, _paths
-from jlora._adapters import Adapter, LowRank, fingerprint
+from jlora import _files, _hosts, _layouts, _paths
+from jlora._adapters import Adapter, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
-from jlora._init import as_key, fold_path
+from jlora._export_tree import save_orbax as save_orbax
+from jlora._fold import FLOATS, Fold, Rounding
+from jlora._fold import stochastic_round as stochastic_round
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._sites import Site, Sites
 from jlora._wrap import check_base, check_lora
 
-Rounding = Literal["nearest", "stochastic"]
 INDEX = "model.safetensors.index.json"
 ONE = "model.safetensors"
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class _Entry(NamedTuple):
@@ -69,7 +72,7 @@ def save(
             with the probability that keeps the mean.
         key: A PRNG key, for stochastic rounding.
         shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
-        config: Written as ``config.json``.
+        config: What ``config.json`` holds: a mapping, such as ``cfg.to_dict()`` of a configuration of transformers.
         overwrite: Replace an export that is already there.
         progress: Called with the name, the number written and the number of all tensors.
 
@@ -78,6 +81,7 @@ def save(
 
     Raises:
         FileExistsError: there is something at ``folder``.
+        TypeError: ``config`` is no mapping of what JSON has.
         ValueError: two leaves have one name; an adapter or ``sites`` belongs to another base.
 
     References:
@@ -86,13 +90,16 @@ def save(
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
     _files.check_free(path, **options)
-    export = _Export(params, lora, sites, names, dtype, rounding, key)
+    _check_config(config)
+    export = _Export(params, lora, sites, names, Fold(dtype, rounding, key))
     shards = _shards(export.entries, shard_bytes)
     done = 0
     with _files.new_folder(path, **options) as part:
         for file, entries in shards.items():
             with open(part / file, "wb") as f:
-                _files.write_header(f, (_files.Entry(e.name, _NAMES[str(e.dtype)], e.shape, e.bytes) for e in entries))
+                _files.write_header(
+                    f, (_files.Entry(e.name, _files.SPELLED[e.dtype], e.shape, e.bytes) for e in entries)
+                )
                 for entry in entries:
                     f.write(export.contents(entry))
                     done += 1
@@ -104,10 +111,29 @@ def save(
             _files.write_json(part / INDEX, _index(shards))
         if config is not None:
             _files.write_json(part / "config.json", config)
-    return export.lost
+    return export.fold.lost
 
 
-def load(folder: str | os.PathLike[str], params: Any, *, sites: Sites, names: Names = None) -> Any:
+def _check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(
+            f"config must be a mapping, what config.json holds.\n  got: {type(config).__name__}\n"
+            "  Of a configuration of transformers: save(..., config=cfg.to_dict())."
+        )
+    try:
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"config must hold what JSON has: {error}.") from None
+
+
+def load(
+    folder: str | os.PathLike[str],
+    params: Any,
+    *,
+    sites: Sites,
+    names: Names = None,
+    ignore: str | Sequence[str] = (),
+) -> Any:
     """Reads the safetensors of a PyTorch model into the structure of ``params``.
 
     Args:
@@ -115,20 +141,27 @@ def load(folder: str | os.PathLike[str], params: Any, *, sites: Sites, names: Na
         params: Arrays or ``ShapeDtypeStruct``s: the structure, shapes, dtypes and shardings of the result.
         sites: What ``jlora.sites`` found, which tells the axes of every leaf.
         names: As for ``save``; a leaf without a name keeps its value of ``params``.
+        ignore: Tensors that the tree does not have, such as buffers: names, or patterns of whole names.
+
+    Returns:
+        A tree like ``params``. A leaf of integers that JAX has not, as of 64 bits where it has 32, is a NumPy array.
 
     Raises:
         FileNotFoundError: there is nothing of that kind.
-        ValueError: a tensor is missing, left over, of another shape, not finite, or its file is damaged.
+        ValueError: a tensor is missing, left over, of another shape, not finite, or its file is damaged; its dtype is of another kind
+            than the leaf's, or the leaf cannot hold an integer of it; what is to be ignored is not there.
     """
     where = _files.folder(folder)
     tree = _Tree(params, sites, names)
     sources = open_weights(where)
     missing = sorted({name for name in tree.by_name if tree.by_name[name].first} - set(sources))
-    left = sorted(set(sources) - set(tree.by_name))
+    left = sorted(set(sources) - set(tree.by_name) - _ignored(ignore, sources))
     if missing or left:
         what = [
             f"missing: {_paths.listing(missing, 4)}" if missing else "",
-            f"left over: {_paths.listing(left, 4)}" if left else "",
+            f"left over: {_paths.listing(left, 4)}; if the tree does not have them: load(..., ignore=[...])"
+            if left
+            else "",
         ]
         raise ValueError(f"The weights at {where} are not those of this model.\n  " + "\n  ".join(filter(None, what)))
     out = []
@@ -138,27 +171,46 @@ def load(folder: str | os.PathLike[str], params: Any, *, sites: Sites, names: Na
     return jax.tree_util.tree_unflatten(tree.structure, out)
 
 
+def _ignored(ignore: str | Sequence[str], sources: Mapping[str, Any]) -> set[str]:
+    """The tensors that are left out."""
+    found: set[str] = set()
+    for pattern in [ignore] if isinstance(ignore, str) else ignore:
+        try:
+            names = {name for name in sources if name == pattern or re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"ignore={pattern!r} is not a regular expression: {error}.") from None
+        if not names:
+            near = ", ".join(_paths.nearest(pattern, sources))
+            raise ValueError(f"No tensor has the name {pattern!r} of ignore.\n  nearest: {near}")
+        found |= names
+    return found
+
+
 def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
     """The checked files of a model by the name of each tensor."""
     if (folder / INDEX).exists():
         index = _files.read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+        if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
             raise ValueError(f"{folder / INDEX} has no weight_map.")
         shards = {}
         for name in sorted(set(index.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names the file '{_files.shown(name)}', which is not beside it.")
-            shards[name] = _files.Safetensors(folder / name)
+            shards[name] = _files.Safetensors(folder / name, _files.BITS)
+        every = Counter(t for shard in shards.values() for t in shard.header)
+        twice, times = every.most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"'{_files.shown(twice)}' is in two files of {folder}.")
         wrong = [t for t, file in index.items() if t not in shards[file].header]
-        if wrong or sum(len(s.header) for s in shards.values()) != len(index):
+        if wrong or len(every) != len(index):
             raise ValueError(
-                f"{folder / INDEX} and its files do not agree: {_paths.listing(wrong or list(shards), 4)}."
+                f"{folder / INDEX} and its files do not agree: {_paths.listing([_files.shown(x) for x in wrong or shards], 4)}."
             )
         return {name: shards[file] for name, file in index.items()}
     file = folder if folder.suffix == ".safetensors" else folder / ONE
     if not file.exists():
         raise FileNotFoundError(f"There are no weights at {folder}: neither {ONE} nor {INDEX}.")
-    one = _files.Safetensors(file)
+    one = _files.Safetensors(file, _files.BITS)
     return dict.fromkeys(one.header, one)
 
 
@@ -190,24 +242,14 @@ class _Tree:
 class _Export:
     """Merges one leaf at a time, and keeps the last one for the slices that are still to be written."""
 
-    def __init__(self, params: Any, lora: Any, sites: Sites, names: Names, dtype: Any, rounding: Rounding, key: Any):
+    def __init__(self, params: Any, lora: Any, sites: Sites, names: Names, fold: Fold):
+        self.fold = fold
         if lora is not None:
             check_lora(lora, params)
         self.tree, self.lora = _Tree(params, sites, names), lora or {}
         check_base(self.lora, self.tree.paths, self.tree.leaves)
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding must be 'nearest' or 'stochastic'.\n  got: {rounding!r}")
-        if (rounding == "stochastic") != (key is not None):
-            raise ValueError(
-                "Stochastic rounding needs a key, and nothing else does: save(..., rounding='stochastic', key=key)."
-            )
-        self.key = None if key is None else as_key(key, "key must be one PRNG key.")
-        if dtype is not None and str(jnp.dtype(dtype)) not in _NAMES:
-            raise ValueError(f"dtype must be one of {', '.join(_NAMES)}.\n  got: {dtype!r}")
-        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.params = dict(zip(self.tree.paths, self.tree.leaves, strict=True))
         self.entries = list(self._entries())
-        self.lost: dict[str, float] = {}
         self._last: tuple[str, np.ndarray] | None = None
 
     def _entries(self) -> Iterator[_Entry]:
@@ -216,78 +258,25 @@ class _Export:
             if _hosts.spans(leaf):
                 raise ValueError(f"'{path}' is spread over processes: export what was saved in one process.")
             own = np.dtype(leaf.dtype)
-            floating = jnp.issubdtype(own, jnp.floating)
             for place in (p for p in self.tree.places[path] if p.first):
-                if str(own) not in _NAMES:
+                if str(own) not in FLOATS:
                     raise ValueError(
                         f"'{path}' holds {own}, which is no weight.\n  Leave it out: names={{'{path}': ()}}."
                     )
                 place, axes, weight = self.tree.place(place.weight.name)
                 shape = _layouts.torch_shape(axes, weight)
-                yield _Entry(weight.name, place, shape, np.dtype(self.dtype) if self.dtype and floating else own)
+                yield _Entry(weight.name, place, shape, self.fold.dtype_of(own))
 
     def contents(self, entry: _Entry) -> bytes:
         """The contents of one tensor."""
         path = entry.place.path
         if self._last is None or self._last[0] != path:
             self._last = None  # let go before the next one is made
-            self._last = path, self._merged(path, entry.dtype)
+            self._last = path, self.fold.merged(path, self.params[path], self.lora.get(path))
         axes = self.tree.axes[path]
         x = _layouts.at(self._last[1], axes, entry.place.at)
         x = np.ascontiguousarray(_layouts.to_torch(x, axes.at(entry.place.at), entry.place.weight))
         return x.reshape(-1).view(np.uint8).data  # type: ignore[return-value]
-
-    def _merged(self, path: str, dtype: np.dtype) -> np.ndarray:
-        """A leaf with its adapter folded in. Host arrays, and no more of them at once than the update and the sum."""
-        w = np.asarray(self.params[path])
-        if path not in self.lora:
-            return w if w.dtype == dtype else self._round(path, w, dtype)
-        adapter = self.lora[path]
-        update = np.asarray(adapter.delta(None if isinstance(adapter, LowRank) else jnp.asarray(w)))
-        wide = np.dtype(_jax.promote(w.dtype, update.dtype))
-        total = w.astype(wide, copy=False) + update.astype(wide, copy=False)
-        stored = self._round(path, total, dtype)
-        self.lost[path] = _lost(stored, w, update, wide)
-        return stored
-
-    def _round(self, path: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        if self.key is None or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
-            return x.astype(dtype, copy=False)
-        return np.asarray(stochastic_round(fold_path(self.key, path), jnp.asarray(x), dtype))
-
-
-def _lost(stored: np.ndarray, w: np.ndarray, update: np.ndarray, wide: np.dtype) -> float:
-    """The relative error of an update as it is stored; row by row, so that nothing of the leaf's size is made."""
-    error = size = 0.0
-    rows = (stored, w, update) if w.ndim > 1 else (x.reshape(1, -1) for x in (stored, w, update))
-    for s, x, u in zip(*rows, strict=True):
-        off = s.astype(wide) - x.astype(wide) - u.astype(wide)
-        error, size = error + float(np.vdot(off, off)), size + float(np.vdot(u, u))
-    return (error / size) ** 0.5 if size > 0 else 0.0
-
-
-def stochastic_round(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
-    r"""``x`` in a narrower ``dtype``, rounded to one of its two neighbours there so that the mean over keys is ``x``.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.full(10_000, 1.001)  # the neighbours in bf16 are 1 and 1.0078
-        >>> rounded = stochastic_round(jax.random.key(0), x, jnp.bfloat16).astype(jnp.float32)
-        >>> bool(abs(rounded.mean() - 1.001) < 1e-3), float(x.astype(jnp.bfloat16)[0])
-        (True, 1.0)
-
-    References:
-        Gupta et al., 2015, arXiv:1502.02551.
-    """
-    near = x.astype(dtype)
-    error = x - near.astype(x.dtype)
-    up = jnp.nextafter(near, jnp.asarray(jnp.inf, dtype))
-    down = jnp.nextafter(near, jnp.asarray(-jnp.inf, dtype))
-    other = jnp.where(error > 0, up, down)
-    gap = other.astype(x.dtype) - near.astype(x.dtype)
-    share = jnp.where(error == 0, 0, error / jnp.where(gap == 0, 1, gap))
-    take = jax.random.uniform(key, x.shape, x.dtype) < share
-    return jnp.where(take & jnp.isfinite(other), other, near)
 
 
 def _shards(entries: list[_Entry], limit: int) -> dict[str, list[_Entry]]:
@@ -315,9 +304,7 @@ def _index(shards: Mapping[str, list[_Entry]]) -> dict[str, Any]:
     }
 
 
-def _gather(
-    tree: _Tree, path: str, leaf: Any, found: list[Place], sources: Mapping[str, _files.Safetensors]
-) -> jax.Array:
+def _gather(tree: _Tree, path: str, leaf: Any, found: list[Place], sources: Mapping[str, _files.Safetensors]) -> Any:
     """One leaf out of its tensors."""
     axes, value = tree.axes[path], np.zeros(leaf.shape, leaf.dtype)
     for place in found:
@@ -328,10 +315,27 @@ def _gather(
         shape = sources[name].header[name].shape
         if shape != wanted:
             raise ValueError(f"'{name}' has shape {shape}; '{path}' {axes.shape} is {wanted} there.")
-        x = _layouts.from_torch(_files.check_finite(name, sources[name].read(name)), part, place.weight)
-        at, x = _layouts.slice_of(axes, place.at), x.astype(leaf.dtype)
+        x = _files.check_finite(name, sources[name].read(name))
+        x = _layouts.from_torch(_cast(x, name, path, value.dtype), part, place.weight)
+        at = _layouts.slice_of(axes, place.at)
         if not place.first and not np.array_equal(value[at], x):
             raise ValueError(f"'{path}' is one leaf here, but '{name}' and '{found[0].weight.name}' differ.")
         value[at] = x
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype and value.dtype.kind in "iu":
+        return value  # JAX would cut off the upper half
     sharding = getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
     return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+
+
+def _cast(x: np.ndarray, name: str, path: str, dtype: np.dtype) -> np.ndarray:
+    """A tensor in the dtype of its leaf: floats are rounded, integers must fit."""
+    kinds = [
+        next((k for k in (jnp.floating, jnp.integer, jnp.bool_) if jnp.issubdtype(d, k)), None)
+        for d in (x.dtype, dtype)
+    ]
+    if kinds[0] is not kinds[1]:
+        raise ValueError(f"'{name}' holds {x.dtype}; '{path}' is {dtype}.")
+    cast = x.astype(dtype)
+    if kinds[0] is jnp.integer and not np.array_equal(cast, x):
+        raise ValueError(f"'{name}' has integers of {x.dtype} that '{path}' cannot hold in {dtype}.")
+    return cast

@@ -450,6 +450,8 @@ NAME_ERRORS = [
     ('{"a": {"layout": "out_in"}}', "'a' in names.json must be a name"),
     ('{"a": {"name": "b", "rotary_heads": true}}', "must be a name"),
     ('{"a": {"name": "b", "rotary_heads": 0}}', "rotary_heads of 'a'"),
+    ('{"a": {"name": "b", "transposed": true}}', "must be a name"),
+    ('{"a": {"name": "b", "transposed": "up"}}', "must be 'reversed' or 'as_is'"),
     ('{"a": {"name": "b", "layout": "up"}}', "must be 'out_in' or 'in_out'"),
     ('{"nothing": "b"}', "No leaf has the path 'nothing' of names"),
     ('{"(": "b"}', "is not a regular expression"),
@@ -804,7 +806,7 @@ import os, signal, sys, time
 from jlora import _cli_merge, cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
 number = getattr(signal, sys.argv.pop())
-_cli_merge.fold = lambda *_: (os.kill(os.getpid(), number), time.sleep(60))
+_cli_merge.Fold.added = lambda *_: (os.kill(os.getpid(), number), time.sleep(60))
 cli.main()
 """
 
@@ -990,7 +992,8 @@ def test_damaged_files_are_refused(here, own):
     whole = file.read_bytes()
     for damage in (whole[:-5], whole[:4], b"\xff" * 100, whole[:8] + b"x" + whole[9:], b""):
         file.write_bytes(damage)
-        assert "is no safetensors file, or is damaged" in call("merge", base, PEFT / "llama", "out", code=2)
+        message = call("merge", base, PEFT / "llama", "out", code=2)
+        assert re.search("is no safetensors file|was cut or added to|is damaged", message), message
     file.unlink()
     for index in ("[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": "gone.safetensors"}}'):
         (base / "model.safetensors.index.json").write_text(index)

@@ -38,9 +38,9 @@ def test_readme_is_short_and_its_links_exist():
     assert {"README.md", "docs/guide.md"} <= {page for page, blocks in BLOCKS.items() if blocks}
 
 
-@pytest.mark.parametrize("name", ["collectives", "pod_memory"])
-def test_tables_of_the_pod_page_show_the_committed_results(name):
+@pytest.mark.parametrize(("name", "page"), [("collectives", "pod"), ("pod_memory", "pod"), ("export_memory", "peft")])
+def test_tables_show_the_committed_results(name, page):
     benchmark = importlib.import_module(f"benchmarks.{name}")
     (file,) = sorted((ROOT / "benchmarks" / "results").glob(f"{name}-*.json"))
     table = measure.markdown(benchmark.HEADER, benchmark.rows(json.loads(file.read_text())))
-    assert table in (ROOT / "docs" / "pod.md").read_text()
+    assert table in (ROOT / "docs" / f"{page}.md").read_text()

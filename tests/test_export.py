@@ -1,10 +1,13 @@
 """Merged exports: what is written is the merged base, under PyTorch's names, leaf by leaf; artifacts run without jlora."""
 
+import io
 import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,8 @@ from test_peft import promotion as promotion
 import jlora
 import jlora.export
 import jlora.peft
+from jlora import _files
+from jlora.peft import Weight
 
 
 def net(params, x):
@@ -87,6 +92,14 @@ def test_leaves_may_be_left_out(tmp_path):
     np.testing.assert_array_equal(again["down"]["bias"], PARAMS["down"]["bias"])
 
 
+def test_what_was_trained_outright_is_stored_as_it_is(tmp_path):
+    params = PARAMS | {"down": PARAMS["down"] | {"bias": jnp.full(7, 1e4)}}  # W + (value - W) would round
+    value = jnp.linspace(0.1, 0.2, 7)
+    lora = LORA | {"down/bias": replace(LORA["down/bias"], value=value)}
+    jlora.export.save(tmp_path / "m", params, lora, sites=SITES)
+    np.testing.assert_array_equal(load_file(tmp_path / "m" / "model.safetensors")["down.bias"], value)
+
+
 def test_what_rounding_loses_is_told(tmp_path):
     params, sites, lora = made(jnp.bfloat16)
     lora = jax.tree.map(lambda x: x / 8, lora)
@@ -102,16 +115,56 @@ def test_what_rounding_loses_is_told(tmp_path):
     assert str(load_file(tmp_path / "m" / "model.safetensors")["up.weight"].dtype) == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+VALUES = {  # of fp32: subnormal numbers of it, of the narrow dtype and around its smallest, ordinary ones, the largest
+    "bfloat16": [1.001, -1.001, 0.0, 1.0, 3.3895e38, 3e-42, -1.3e-40, 9.1e-41, 1e-39, 1.1754942e-38],
+    "float16": [1.001, -1.001, 0.0, 1.0, 65000.3, 3e-5, 6e-8, -2e-8, 1e-9, -3e-10, 6.1035e-5, 6.103e-5],
+}
+
+
+@pytest.mark.parametrize("dtype", VALUES)
 def test_stochastic_rounding_keeps_the_mean(dtype):
-    x = jnp.asarray([1.001, -1.001, 0.0, 3e-5, 65000.0, 1.0])
-    rounded = jax.vmap(lambda k: jlora.export.stochastic_round(k, x, dtype))(jax.random.split(jax.random.key(0), 4000))
-    near = [set(np.unique(np.asarray(c, np.float32)).tolist()) for c in np.asarray(rounded, np.float32).T]
-    assert max(map(len, near)) == 2
-    assert near[2] == {0.0}
-    assert near[5] == {1.0}
-    spacing = np.asarray([max(s) - min(s) for s in near])
-    assert (np.abs(np.asarray(rounded, np.float32).mean(0) - x) <= 5 * spacing / 4000**0.5 + 1e-9).all()
+    x, n = np.asarray(VALUES[dtype], np.float32), 4000
+    rounded = rounded_often(x, dtype, n)
+    for value, several in zip(x.astype(float), rounded.T, strict=True):
+        below, above = neighbours(value, dtype)
+        assert set(several.tolist()) <= {below, above}
+        share = (value - below) / (above - below) if above > below else 0.0
+        spread = (above - below) * (share * (1 - share) / n) ** 0.5
+        assert abs(several.mean() - value) <= 5 * spread + (above - below) / n  # what is rare need not come up
+
+
+def test_stochastic_rounding_of_what_no_narrow_number_is_near():
+    edges = np.asarray([np.inf, -np.inf, 1e30, 65519.0, 65521.0, 0.0, 1e-40], np.float32)
+    rounded = rounded_often(edges, "float16", 50)
+    assert [sorted(set(x)) for x in rounded.T.tolist()] == [[np.inf], [-np.inf], [np.inf], [65504], [np.inf], [0], [0]]
+    assert np.isnan(rounded_often(np.asarray([np.nan], np.float32), "bfloat16", 3)).all()
+    with jax.enable_x64(True):
+        wide = rounded_often(np.asarray([1 + 1e-8, 1e-46, -3e-39, 1e300, 1e-300]), "float32", 4000)
+    ulp, least = 2.0**-23, 2.0**-149
+    assert set(wide[:, 0].tolist()) == {1.0, 1 + ulp}
+    assert abs(wide[:, 0].mean() - 1 - 1e-8) < 5 * ulp / 2 / 4000**0.5
+    assert set(wide[:, 1].tolist()) == {0.0, least}
+    assert abs(wide[:, 1].mean() - 1e-46) < 5 * least / 2 / 4000**0.5
+    assert len(set(wide[:, 2].tolist())) == 2
+    assert (set(wide[:, 3].tolist()), set(wide[:, 4].tolist())) == ({np.inf}, {0.0})
+    with pytest.raises(ValueError, match="float32 is not narrower than float32"):
+        jlora.export.stochastic_round(jax.random.key(0), jnp.ones(3), jnp.float32)
+
+
+def rounded_often(x, dtype, n):
+    """Rounded with ``n`` keys; NumPy makes fp64 of it, which keeps subnormal numbers."""
+    keys = jax.random.split(jax.random.key(0), n)
+    many = jax.vmap(lambda k: jlora.export.stochastic_round(k, jnp.asarray(x), dtype))(keys)
+    return np.asarray(many).astype(np.float64)
+
+
+def neighbours(value, dtype):
+    """The numbers of ``dtype`` on both sides of ``value``; itself twice if it is one."""
+    near = np.asarray(value, np.float32).astype(dtype)
+    side = (
+        np.nextafter(near, np.asarray(np.sign(value - float(near)) * np.inf, dtype)) if value != float(near) else near
+    )
+    return min(float(near), float(side)), max(float(near), float(side))
 
 
 def test_nothing_beyond_one_leaf_is_in_memory():
@@ -186,6 +239,7 @@ ERRORS = [
     ({"key": 0}, "Stochastic rounding needs a key, and nothing else does"),
     ({"dtype": jnp.int8}, "dtype must be one of float64, float32"),
     ({"shard_bytes": 0}, "shard_bytes must be at least 1"),
+    ({"lora": jax.tree.map(lambda x: 1e30 * x, LORA), "dtype": jnp.float16}, "has values that float16 cannot hold"),
     ({"names": {"up/kernel": "down.weight"}}, "'down.weight' is the name of 'down/kernel' and 'up/kernel'"),
 ]
 
@@ -193,8 +247,23 @@ ERRORS = [
 @pytest.mark.parametrize(("options", "message"), ERRORS)
 def test_saving_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        jlora.export.save(tmp_path / "m", PARAMS, LORA, sites=SITES, **options)
+        jlora.export.save(tmp_path / "m", PARAMS, **({"lora": LORA, "sites": SITES} | options))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_is_a_mapping(tmp_path):
+    class Config:
+        def to_dict(self):
+            return {"hidden": 3}
+
+    with pytest.raises(TypeError, match=r"config must be a mapping.*\n  got: Config\n.*config=cfg.to_dict\(\)"):
+        jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=Config())
+    for wrong in ({"dtype": jnp.float32}, {"x": float("nan")}):
+        with pytest.raises(TypeError, match="config must hold what JSON has"):
+            jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=wrong)
+    assert list(tmp_path.iterdir()) == []
+    jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=Config().to_dict())
+    assert json.loads((tmp_path / "m" / "config.json").read_text()) == {"hidden": 3}
 
 
 def test_another_base_is_refused(tmp_path):
@@ -259,8 +328,79 @@ def test_loading_is_refused(damage, message, tmp_path):
         jlora.export.load(tmp_path / "m", PARAMS, sites=SITES)
 
 
+def with_buffers(folder, **tensors):
+    """The weights of ``net``, with integers beside them."""
+    jlora.export.save(folder, PARAMS, sites=SITES, overwrite=True)
+    damaged(lambda t: t.update(tensors))(folder)
+
+
+POSITIONS = {"position_ids": np.arange(5)[None], "mask": np.asarray([True, False])}
+
+
+def test_integers_of_a_base_that_the_tree_does_not_have(tmp_path):
+    with_buffers(tmp_path / "m", **POSITIONS)
+    with pytest.raises(ValueError, match=r"left over: mask, position_ids; .*ignore="):
+        jlora.export.load(tmp_path / "m", PARAMS, sites=SITES)
+    for ignore in (["mask", "position_ids"], r"(mask|.*_ids)"):
+        again = jlora.export.load(tmp_path / "m", PARAMS, sites=SITES, ignore=ignore)
+        jax.tree.map(np.testing.assert_array_equal, again, PARAMS)
+    with pytest.raises(ValueError, match=r"No tensor has the name 'positions' of ignore.\n  nearest: position_ids"):
+        jlora.export.load(tmp_path / "m", PARAMS, sites=SITES, ignore=["mask", "positions"])
+    with pytest.raises(ValueError, match=r"ignore='\(' is not a regular expression"):
+        jlora.export.load(tmp_path / "m", PARAMS, sites=SITES, ignore="(")
+
+
+def test_integers_of_a_base_go_into_leaves_of_integers(tmp_path):
+    with_buffers(tmp_path / "m", **POSITIONS)
+    more = {"position_ids": jnp.zeros((1, 5), jnp.int32), "mask": jnp.zeros(2, bool)}
+    again = loaded(tmp_path / "m", more)
+    assert again["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
+    assert again["mask"].tolist() == [True, False]
+    assert (again["position_ids"].dtype, again["mask"].dtype) == (np.int32, bool)
+    with pytest.raises(ValueError, match="'position_ids' holds int64; 'position_ids' is float32"):
+        loaded(tmp_path / "m", more | {"position_ids": jnp.zeros((1, 5))})
+    with pytest.raises(ValueError, match="'mask' holds bool; 'mask' is int32"):
+        loaded(tmp_path / "m", more | {"mask": jnp.zeros(2, jnp.int32)})
+
+
+def test_no_integer_is_cut(tmp_path):
+    big = np.asarray([2**40, -(2**62) - 1])
+    with_buffers(tmp_path / "m", ids=big)
+    with pytest.raises(ValueError, match="'ids' has integers of int64 that 'ids' cannot hold in int32"):
+        loaded(tmp_path / "m", {"ids": jnp.zeros(2, jnp.int32)})
+    with pytest.raises(ValueError, match="'ids' has integers of int64 that 'ids' cannot hold in uint64"):
+        loaded(tmp_path / "m", {"ids": np.zeros(2, np.uint64)})
+    again = loaded(tmp_path / "m", {"ids": np.zeros(2, np.int64)})["ids"]
+    assert isinstance(again, np.ndarray)  # JAX has 32 bits here
+    np.testing.assert_array_equal(again, big)
+
+
+def loaded(folder, more):
+    params = PARAMS | more
+    return jlora.export.load(folder, params, sites=jlora.sites(net, params, X))
+
+
+def test_other_dtypes_of_the_format_are_copied_but_not_read(tmp_path):
+    header = {"four": {"dtype": "F4", "shape": [3, 2], "data_offsets": [0, 3]}}
+    header["eight"] = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [3, 7]}
+    raw = json.dumps(header).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + b"abcdefg")
+    found, out = _files.Safetensors(file, _files.BITS), io.BytesIO()
+    for name in ("eight", "four"):
+        found.copy(name, out)
+    assert out.getvalue() == b"defgabc"
+    with pytest.raises(ValueError, match=r"'four' in .* holds F4, which is not read here"):
+        found.read("four")
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ValueError, match="is damaged: it was cut while it was read"):
+        found.copy("eight", out)
+
+
 INDEX_ERRORS = [
     ({}, "has no weight_map"),
+    ({"weight_map": {}}, "has no weight_map"),
+    ({"weight_map": {"down.weight": "a.safetensors", "b": "b.safetensors"}}, "'down.weight' is in two files of"),
     ({"weight_map": {"up.weight": "../evil.safetensors"}}, "names the file '../evil.safetensors', which is not beside it"),
     ({"weight_map": {"up.weight": "model.bin"}}, "which is not beside it"),
     ({"weight_map": {"up.weight": "a.safetensors"}}, "do not agree"),
@@ -270,7 +410,8 @@ INDEX_ERRORS = [
 @pytest.mark.parametrize(("index", "message"), INDEX_ERRORS)
 def test_a_wrong_index_is_refused(index, message, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"down.weight": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    for file in "ab":
+        save_file({"down.weight": np.ones(3, np.float32)}, tmp_path / f"{file}.safetensors")
     with pytest.raises(ValueError, match=message):
         jlora.export.load(tmp_path, PARAMS, sites=SITES)
 
@@ -280,14 +421,65 @@ def test_nothing_there(tmp_path):
         jlora.export.load(tmp_path, PARAMS, sites=SITES)
 
 
-def test_a_transposed_convolution_is_refused(tmp_path):
-    def fn(params, x):
-        return jax.lax.conv_transpose(x, params["up"]["kernel"], (2,), "VALID")
+def torch_transposed(x, w, stride):
+    """``nn.ConvTranspose1d`` as it is defined: each input adds the kernel, times itself, to the outputs from ``stride`` times its place."""
+    out = np.zeros((len(x), w.shape[1], stride * (x.shape[2] - 1) + w.shape[2]))
+    for i in range(x.shape[2]):
+        out[:, :, stride * i : stride * i + w.shape[2]] += np.einsum("bc,cok->bok", x[:, :, i], w)
+    return out
 
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_transposed_convolutions(stride, transpose_kernel, tmp_path):
+    model = nn.ConvTranspose(5, (4,), (stride,), "VALID", use_bias=False, transpose_kernel=transpose_kernel)
+    x = jax.random.normal(jax.random.key(0), (2, 6, 3))
+    params = model.init(jax.random.key(1), x)["params"]
+    fn = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
+    sites = jlora.sites(fn, params, x)
+    names = {"kernel": Weight("up.weight", transposed="as_is" if transpose_kernel else "reversed")}
+    lora = jax.tree.map(
+        lambda x: x + 0.1, jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="kernel"))
+    )
+    jlora.export.save(tmp_path / "m", params, lora, sites=sites, names=names)
+    w = load_file(tmp_path / "m" / "model.safetensors")["up.weight"]
+    assert w.shape == (3, 5, 4)
+    theirs = np.moveaxis(torch_transposed(np.moveaxis(x, -1, 1), w, stride), 1, -1)
+    np.testing.assert_allclose(jlora.wrap(fn)(params, lora, x), theirs, atol=1e-5)
+    again = jlora.export.load(tmp_path / "m", params, sites=sites, names=names)
+    np.testing.assert_allclose(again["kernel"], jlora.merge(params, lora)["kernel"], atol=1e-6)
+    with pytest.raises(ValueError, match="transposed"):
+        jlora.peft.save(tmp_path / "a", lora, names=names)
+
+
+def test_a_transposed_convolution_has_to_be_said(tmp_path):
+    x = jnp.ones((1, 5, 4))
     params = {"up": {"kernel": jnp.ones((3, 4, 4))}}
-    sites = jlora.sites(fn, params, jnp.ones((1, 5, 4)))
-    with pytest.raises(ValueError, match=r"'up.weight' is a transposed convolution"):
+    fn = lambda p, x: jax.lax.conv_transpose(x, p["up"]["kernel"], (2,), "VALID")  # noqa: E731
+    sites = jlora.sites(fn, params, x)
+    with pytest.raises(
+        ValueError, match=r"'up.weight' is a transposed convolution.*\n  Say how: .*transposed='reversed'"
+    ):
         jlora.export.save(tmp_path / "m", params, sites=sites)
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets=".*"))
     with pytest.raises(ValueError, match="a convolution in groups, or transposed"):
         jlora.peft.save(tmp_path / "a", lora)
+    names = {"up/kernel": Weight("up.weight", transposed="reversed")}
+    plain = {"up": {"kernel": jnp.ones((4, 4))}}
+    used = jlora.sites(lambda p, x: x @ p["up"]["kernel"], plain, x)
+    with pytest.raises(ValueError, match=r"Weight\('up.weight', transposed=...\) is for a convolution"):
+        jlora.export.save(tmp_path / "m", plain, sites=used, names=names)
+
+    def grouped(p, x):
+        return jax.lax.conv_general_dilated(
+            x, p["up"]["kernel"], (1,), [(2, 2)], lhs_dilation=dilation, dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        )  # fmt: skip
+
+    for dilation in ((1,), (2,)):
+        params = {"up": {"kernel": jnp.ones((3, 2, 4))}}
+        with pytest.raises(ValueError, match="is a transposed convolution in groups"):
+            jlora.export.save(tmp_path / "m", params, sites=jlora.sites(grouped, params, x), names=names)
+    with pytest.raises(ValueError, match=r"Weight\(transposed=...\) must be 'reversed' or 'as_is'"):
+        Weight("up.weight", transposed=True)
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,3 +181,77 @@ def test_square_experts_in_either_layout(layout, is_transposed, tmp_path):
     with torch.no_grad():
         theirs = model.eval()(torch.as_tensor(np.array(x))).numpy()
     np.testing.assert_allclose(jlora.wrap(fn)(params, again, x), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_transposed_convolutions_are_pytorchs(transpose_kernel, stride, tmp_path):
+    """Merged into a state_dict, and trained outright beside factors of the head."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.ConvTranspose2d(3, 5, (2, 3), stride)
+            self.head = torch.nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.up(x)).mean((2, 3)))
+
+    up = nn.ConvTranspose(5, (2, 3), stride, "VALID", transpose_kernel=transpose_kernel)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    rows = jnp.moveaxis(x, 1, -1)
+    params = {
+        "up": up.init(jax.random.key(1), rows)["params"],
+        "head": {"kernel": jnp.ones((5, 4)), "bias": jnp.ones(4)},
+    }
+
+    def fn(p, x):
+        y = jnp.tanh(up.apply({"params": p["up"]}, x)).mean((1, 2))
+        return y @ p["head"]["kernel"] + p["head"]["bias"]
+
+    def theirs(model):
+        with torch.no_grad():
+            return model.eval()(torch.as_tensor(np.array(x))).numpy()
+
+    sites = jlora.sites(fn, params, rows)
+    names = {"up/kernel": jlora.peft.Weight("up.weight", transposed="as_is" if transpose_kernel else "reversed")}
+    rules = [jlora.Full(targets="up/.*"), jlora.LoRA(rank=2, targets="head/kernel")]
+    lora = adapters(None, sites, params, rules)
+    ours = jlora.wrap(fn)(params, lora, rows)
+    jlora.export.save(tmp_path / "m", params, lora, sites=sites, names=names)
+    jlora.export.save(tmp_path / "base", params, sites=sites, names=names)
+    model, base = Model(), Model()
+    model.load_state_dict(load_file(tmp_path / "m" / "model.safetensors"))
+    base.load_state_dict(load_file(tmp_path / "base" / "model.safetensors"))
+    np.testing.assert_allclose(theirs(base), fn(params, rows), atol=1e-5)
+    np.testing.assert_allclose(theirs(model), ours, atol=1e-5)
+    jlora.peft.save(tmp_path / "a", lora, names=names, sites=sites)
+    np.testing.assert_allclose(theirs(PeftModel.from_pretrained(base, tmp_path / "a")), ours, atol=1e-5)
+    again = jlora.peft.load(tmp_path / "a", sites, names=names)
+    np.testing.assert_allclose(jlora.wrap(fn)(params, again, rows), ours, atol=1e-5)
+    low = adapters(None, sites, params, [jlora.LoRA(rank=2, targets=["up/kernel", "head/kernel"])])
+    with pytest.raises(ValueError, match="transposed"):
+        jlora.peft.save(tmp_path / "b", low, names=names)
+
+
+def test_a_checkpoint_of_transformers_with_buffers(tmp_path):
+    """BERT as it was long saved, with ``position_ids`` among its weights; its configuration as an object is refused."""
+    import torch
+    from safetensors.torch import save_file
+
+    port, x = PORTS["bert"](), expected("bert")["x"]
+    sites, params = base_of("bert", port, x)
+    model = torch_base("bert")
+    tensors = dict(model.state_dict()) | {"bert.embeddings.position_ids": torch.arange(16)[None]}
+    (tmp_path / "m").mkdir()
+    save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"left over: bert.embeddings.position_ids"):
+        jlora.export.load(tmp_path / "m", params, sites=sites, names=port.names)
+    found = jlora.export.load(tmp_path / "m", params, sites=sites, names=port.names, ignore=r".*\.position_ids")
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    with pytest.raises(TypeError, match=r"config=cfg.to_dict\(\)"):
+        jlora.export.save(tmp_path / "n", params, sites=sites, names=port.names, config=model.config)
+    jlora.export.save(tmp_path / "n", params, sites=sites, names=port.names, config=model.config.to_dict())

@@ -11,6 +11,7 @@ which takes and makes it three times.
 
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,16 +97,22 @@ def make_step(kind: str, layout: Layout) -> tuple[Callable[..., Any], tuple[Any,
     return {TAKE: take, DESCENT: descent, ADAM: adam}[kind], first
 
 
-def stepper(step: Any, carried: Any, x: jax.Array) -> Callable[[], jax.Array]:
-    """A call that steps on from what the last one made, and returns the number only: to wait for a tree would take it apart again."""
-    held = [carried]
+class Stepper:
+    """Steps on from what the last call made, and keeps the seconds until each call came back, its result perhaps not ready.
 
-    def run() -> jax.Array:
-        made, number = step(held[0], x)
-        held[0] = made or held[0]
+    It returns the number only: to wait for a tree would take it apart again.
+    """
+
+    def __init__(self, step: Any, carried: Any):
+        self.step, self.carried, self.x = step, carried, jnp.ones(())
+        self.seconds: list[float] = []
+
+    def __call__(self) -> jax.Array:
+        start = time.perf_counter()
+        made, number = self.step(self.carried, self.x)
+        self.seconds.append(time.perf_counter() - start)
+        self.carried = made or self.carried
         return number
-
-    return run
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
@@ -145,12 +152,12 @@ def measured(pairs: int, rounds: int) -> dict[str, Any]:
     for kind, donated in ((TAKE, False), (DESCENT, False), (ADAM, False), (ADAM, True)):
         name = kind + DONATED * donated
         suite.progress(f"{pairs} pairs: {name}")
-        steps[name], counts[name] = of_step(kind, donated, held, rounds)
-    return {"step": steps, "counts": counts, "parts": parts(held, rounds)}
+        steps[name] = of_step(kind, donated, held, rounds)
+    return {"steps": steps, "parts": parts(held, rounds)}
 
 
-def of_step(kind: str, donated: bool, held: dict[str, Layout], rounds: int) -> tuple[measure.Samples, dict[str, Any]]:
-    """Seconds and counts of one step, by layout."""
+def of_step(kind: str, donated: bool, held: dict[str, Layout], rounds: int) -> dict[str, Any]:
+    """Of one step, by layout: seconds until it came back, seconds until its result was ready, and counts."""
     jitted: dict[str, Any] = {}
     runs = {}
     for name, layout in held.items():
@@ -158,15 +165,17 @@ def of_step(kind: str, donated: bool, held: dict[str, Layout], rounds: int) -> t
             continue  # what a step makes has the fingerprint that it was compiled for
         step, carried = make_step(kind, layout._replace(tree=jax.tree.map(jnp.copy, layout.tree)))
         compiled = jitted[name] = jitted[JLORA] if name == AGAIN else jax.jit(step, donate_argnums=(0,) * donated)
-        runs[name] = stepper(compiled, carried, jnp.ones(()))
-    seconds = measure.in_turns(runs, rounds)
-    return seconds, {
+        runs[name] = Stepper(compiled, carried)
+    ready = measure.in_turns(runs, rounds)
+    return {
         name: {
-            "python calls": python_calls(fn),
-            "comparisons of fingerprints": comparisons(fn),
+            "returned": step.seconds[-rounds:],
+            "ready": ready[name],
+            "python calls": python_calls(step),
+            "comparisons of fingerprints": comparisons(step),
             "programs": jitted[name]._cache_size(),
         }
-        for name, fn in runs.items()
+        for name, step in runs.items()
     }
 
 
@@ -206,46 +215,47 @@ def whole_steps(by_size: dict[str, Any]) -> suite.Table:
     """Microseconds of a step, by layout."""
     names = (JLORA, DICT, TUPLE, VECTOR)
     rows = []
-    for kind in next(iter(by_size.values()))["step"]:
-        for size, found in by_size.items():
-            step = found["step"][kind]
-            low, middle, high = suite.ratios(step[JLORA], step[DICT])
-            cells = [f"{micro(step[name]):.0f}" for name in names]
-            rows.append([kind, size, *cells, f"{middle:.2f}", f"{low:.2f} - {high:.2f}"])
-        medians = {name: [micro(found["step"][kind][name]) for found in by_size.values()] for name in names}
-        laws = [f"n^{suite.exponent([int(size) for size in by_size], medians[name]):.2f}" for name in names]
-        rows.append([kind, "growth", *laws, "", ""])
+    for kind in next(iter(by_size.values()))["steps"]:
+        seconds = {size: {n: found["steps"][kind][n]["returned"] for n in names} for size, found in by_size.items()}
+        for size, by in seconds.items():
+            low, middle, high = suite.ratios(by[JLORA], by[DICT])
+            rows.append(
+                [kind, size, *(f"{micro(by[n]):.0f}" for n in names), f"{middle:.2f}", f"{low:.2f} - {high:.2f}"]
+            )
+        laws = [
+            suite.exponent([int(size) for size in seconds], [micro(by[n]) for by in seconds.values()]) for n in names
+        ]
+        rows.append([kind, "growth", *(f"n^{law:.2f}" for law in laws), "", ""])
     header = ["step", "pairs", *(f"{name}, µs" for name in names), "jlora / dict", "middle half"]
-    note = "Medians, from the call until its result is ready; growth: the power of the number of pairs that fits best."
+    note = "Medians, until the call comes back; growth: the power of the number of pairs that fits best."
     return suite.Table("A jitted step", header, rows, note)
 
 
 def where_it_goes(by_size: dict[str, Any]) -> suite.Table:
     """Of jlora's steps: how much is the tree's, and how much the arrays'."""
     rows = []
-    for kind in next(iter(by_size.values()))["step"]:
-        taken, made = TREES[kind.removesuffix(DONATED)]
+    for kind in next(iter(by_size.values()))["steps"]:
+        trees = TREES[kind.removesuffix(DONATED)]
         for size, found in by_size.items():
-            whole = micro(found["step"][kind][JLORA])
-            flatten, unflatten = (n * micro(found["parts"][part][JLORA]) for n, part in zip((taken, made), PARTS))
-            plain = micro(found["step"][kind][TUPLE])
-            calls = calls_a_node(found, kind, int(size))
-            cells = [f"{x:.0f}" for x in (whole, flatten, unflatten, plain)]
-            rows.append([kind, size, *cells, f"{flatten / whole:.0%}", f"{unflatten / whole:.0%}", f"{calls:.2f}"])
+            whole, plain = (micro(found["steps"][kind][name]["returned"]) for name in (JLORA, TUPLE))
+            tree = [n * micro(found["parts"][part][JLORA]) for n, part in zip(trees, PARTS, strict=True)]
+            shares = [f"{x / whole:.0%}" for x in tree]
+            calls = f"{calls_a_node(found, kind, int(size)):.2f}"
+            rows.append([kind, size, *(f"{x:.0f}" for x in (whole, plain, *tree)), *shares, calls])
     header = [
         "step",
         "pairs",
         "jlora, µs",
-        "flatten",
-        "unflatten",
-        "as a tuple",
+        "tuple, µs",
+        "flatten, µs",
+        "unflatten, µs",
         "flatten",
         "unflatten",
         "calls a node",
     ]
     note = (
-        "flatten and unflatten are timed apart, times the trees that the step takes or makes; as a tuple: the same step of the same "
-        "arrays. Calls: of Python, for each adapter node that the step takes or makes, beyond those of the tuple."
+        "flatten and unflatten are timed apart, times the trees that the step takes and makes; tuple: the same step of the same arrays. "
+        "Calls: of Python's functions, for each adapter node that the step takes or makes, beyond those of the tuple's step."
     )
     return suite.Table("Where a call of jlora's goes", header, rows, note)
 
@@ -254,19 +264,18 @@ def read_again(by_size: dict[str, Any]) -> suite.Table:
     """What an adapter costs whose fingerprint is equal to the compiled one's, but another object."""
     rows = []
     for size, found in by_size.items():
-        step, counts = found["step"][TAKE], found["counts"][TAKE]
-        cells = [f"{micro(step[name]):.0f}" for name in (JLORA, AGAIN)]
-        compared = [str(counts[name]["comparisons of fingerprints"]) for name in (JLORA, AGAIN)]
-        rows.append([size, *cells, f"{suite.ratios(step[AGAIN], step[JLORA])[1]:.2f}", *compared])
+        same, again = (found["steps"][TAKE][name] for name in (JLORA, AGAIN))
+        cells = [f"{micro(x['returned']):.0f}" for x in (same, again)]
+        compared = [str(x["comparisons of fingerprints"]) for x in (same, again)]
+        rows.append([size, *cells, f"{suite.ratios(again['returned'], same['returned'])[1]:.2f}", *compared])
     header = ["pairs", "the same, µs", "read again, µs", "ratio", "the same: comparisons", "read again: comparisons"]
     return suite.Table("A step that takes an adapter that was read again", header, rows)
 
 
 def calls_a_node(found: dict[str, Any], kind: str, pairs: int) -> float:
     """Calls of Python in a step, for each adapter node that it takes or makes, beyond those of a tuple's step."""
-    counts = found["counts"][kind]
-    more = counts[JLORA]["python calls"] - counts[TUPLE]["python calls"]
-    return more / (pairs * sum(TREES[kind.removesuffix(DONATED)]))
+    ours, plain = (found["steps"][kind][name]["python calls"] for name in (JLORA, TUPLE))
+    return (ours - plain) / (pairs * sum(TREES[kind.removesuffix(DONATED)]))
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------------
@@ -274,11 +283,12 @@ def calls_a_node(found: dict[str, Any], kind: str, pairs: int) -> float:
 
 def claims(results: dict[str, Any]) -> list[suite.Claim]:
     by_size = results["pairs"]
-    counts = [(kind, name, c) for x in by_size.values() for kind, by in x["counts"].items() for name, c in by.items()]
-    programs = max(c["programs"] for *_, c in counts)
-    calls = max(calls_a_node(x, kind, int(size)) for size, x in by_size.items() for kind in x["counts"])
-    compared = max(c["comparisons of fingerprints"] for _, name, c in counts if name == JLORA)
-    again = max(x["counts"][TAKE][AGAIN]["comparisons of fingerprints"] / int(size) for size, x in by_size.items())
+    steps = [(name, x) for found in by_size.values() for by in found["steps"].values() for name, x in by.items()]
+    programs = max(x["programs"] for _, x in steps)
+    calls = max(calls_a_node(found, kind, int(size)) for size, found in by_size.items() for kind in found["steps"])
+    compared = max(x["comparisons of fingerprints"] for name, x in steps if name == JLORA)
+    taken = {int(size): found["steps"][TAKE][AGAIN] for size, found in by_size.items()}
+    again = max(x["comparisons of fingerprints"] / size for size, x in taken.items())
     return [
         suite.Claim("A step is compiled once, also for an adapter that was read again", programs == 1, f"{programs}"),
         suite.Claim("An adapter node costs at most 5 calls of Python each time", calls <= 5, f"{calls:.2f}"),

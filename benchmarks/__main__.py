@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ NAMES = (
     "step",
     "scale",
     "trace",
+    "variants",
     "dispatch",
     "memory",
     "pod_memory",
@@ -45,6 +47,11 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
+def timed(name: str, quick: bool) -> tuple[dict[str, Any], float]:
+    start = time.perf_counter()
+    return measured(name, quick), time.perf_counter() - start
+
+
 def on_cpu() -> bool:
     """Whether there is no accelerator, as a process that ends says, so that this one holds none."""
     code = "import jax; raise SystemExit(jax.default_backend() != 'cpu')"
@@ -53,8 +60,7 @@ def on_cpu() -> bool:
 
 def file_name(name: str, results: dict[str, Any]) -> str:
     """Benchmark, chip and date."""
-    kinds = [kind for kind in results["machine"]["devices"]]
-    chip = results.get("target") or kinds[0].replace(" ", "-").lower()
+    chip = results.get("target") or next(iter(results["machine"]["devices"])).replace(" ", "-").lower()
     return f"{name}-{chip}-{results['date'][:10]}.json"
 
 
@@ -70,13 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     if "gpu" in names and not args.quick and args.only is NAMES and on_cpu():
         names.remove("gpu")
         left["gpu"] = "no accelerator here"
-    results = {}
-    for i, name in enumerate(names, 1):
-        start = time.perf_counter()
-        print(f"[{i}/{len(names)}] {name}", file=sys.stderr, flush=True)
-        results[name] = measured(name, args.quick)
-        print(f"\r\x1b[K  {time.perf_counter() - start:.0f} s" if sys.stderr.isatty() else f"  {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        write(args.out, results)
+    # Where only counts matter, several at once; where times do, one after another.
+    workers = min(4, os.cpu_count() or 1) if args.quick else 1
+    results: dict[str, Any] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        started = {pool.submit(timed, name, args.quick): name for name in names}
+        for i, future in enumerate(as_completed(started), 1):
+            results[started[future]], seconds = future.result()
+            print(f"[{i}/{len(names)}] {started[future]}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            write(args.out, results)
     failed = [name for name in names if not suite.report(importlib.import_module(f"benchmarks.{name}"), results[name])]
     for name, why in left.items():
         print(f"not run: {name} ({why})")

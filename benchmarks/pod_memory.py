@@ -3,9 +3,9 @@
     python -m benchmarks.pod_memory [--quick] [--only 8B] [--out memory.json]
 
 Llama shapes, bf16 base, Adam; the step is traced, split and compiled for 8 or 256 chips, and never run: no weight is made. By default the
-compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``JLORA_TARGET`` names another kind (v5e, v6e), and ``cpu`` takes as many simulated CPU devices, whose
-compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy of the weights and moments in
-fp32, LoRA factors and moments in fp32.
+compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``JLORA_TARGET`` names another kind (v5e, v6e), and ``cpu`` takes as
+many simulated CPU devices, whose compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy
+of the weights and moments in fp32, LoRA factors and moments in fp32.
 """
 
 import math
@@ -131,7 +131,10 @@ def run(quick: bool, only: str = "") -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> list[suite.Table]:
-    note = f"compiled for {results['target']}, rank {results['rank']}, {results['length']} tokens a sequence, mesh (data, model), blocks rematerialised"
+    note = (
+        f"compiled for {results['target']}, rank {results['rank']}, {results['length']} tokens a sequence, mesh (data, model), blocks "
+        "rematerialised"
+    )
     return [suite.Table(TITLE, HEADER, rows(results), note)]
 
 

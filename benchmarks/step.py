@@ -161,7 +161,10 @@ def tables(results: dict[str, Any]) -> list[suite.Table]:
             "first step, s",
         ]
         about = f"{name}: {model['about']}, {model['parameters']:,} parameters, rank {results['rank']} on {model['kernels']} kernels"
-        note = f"memory: temporaries and results; created: arrays of a kernel's shape that the step computes; the gradients differ by {model['worst difference of gradients']:.0e} at most"
+        note = (
+            "memory: temporaries and results; created: arrays of a kernel's shape that the step computes; the gradients differ by "
+            f"{model['worst difference of gradients']:.0e} at most"
+        )
         found.append(suite.Table(about, header, rows, note))
     return found
 

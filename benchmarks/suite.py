@@ -1,7 +1,8 @@
 """What every benchmark of the suite is: a module with these four names, one for each claim it stands for.
 
 * ``TITLE``: what it shows, in a line.
-* ``run(quick) -> dict`` (and ``only``, if parts of it can be run alone): measures; raw samples, of which JSON can be made. Peers that are not installed are named under ``"missing"``.
+* ``run(quick) -> dict`` (and ``only``, if parts of it can be run alone): measures; raw samples, of which
+  JSON can be made. Peers that are not installed are named under ``"missing"``.
 * ``tables(results) -> list[Table]``: what a person reads.
 * ``claims(results) -> list[Claim]``: what README or docs say that this can refute, in flops, values, compilations or bytes, never in time.
 

@@ -489,7 +489,10 @@ def _torch_steps(net: Any, base_model: Any, case: Case, job: dict[str, Any]) -> 
         start = time.perf_counter()
         losses.append(advance())
         samples.append(time.perf_counter() - start)
-    compiled = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]} if job["way"] == COMPILED else {}
+    compiled = {}
+    if job["way"] == COMPILED:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        compiled = {"backend": job["backend"], "graphs": graphs}
     return compiled | {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {"torch": torch.__version__},
@@ -560,7 +563,14 @@ def main(path: str) -> None:
     """
     spec = json.loads(Path(path).read_text())
     found: dict[str, Any] = {}
+    results = Path(spec["results"])
     begin = time.perf_counter()
+
+    def write() -> None:
+        whole = results.with_suffix(".part")
+        whole.write_text(json.dumps(found))
+        whole.replace(results)  # this process may be ended at any time
+
     for job in spec["jobs"]:
         start = time.perf_counter()
         if start - begin > spec["seconds"] and not job["required"]:
@@ -568,8 +578,10 @@ def main(path: str) -> None:
             continue
         found[job["name"]] = KINDS[job["kind"]](job, Path(spec["folder"]))
         found[job["name"]]["seconds in all"] = time.perf_counter() - start
-        Path(spec["results"]).write_text(json.dumps(found))
-    Path(spec["results"]).write_text(json.dumps(found))
+        if len(spec["jobs"]) > 1:
+            found[job["name"]].pop("peak", None)  # it would be that of all jobs so far
+        write()
+    write()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,34 @@ def run(quick: bool) -> dict[str, Any]:
     runs = {name: partial(compiled[name], *args) for name, (_, args) in programs.items()}
     for name, samples in measure.in_turns(runs, 3 if quick else 41).items():
         results[name]["step"] = samples
-    return {"about": s.model.about, "variants": results, "rounding": rounding()}
+    return {"about": s.model.about, "variants": results, "rounding": rounding(), "products": products(quick)}
+
+
+def products(quick: bool) -> dict[str, dict[str, list[float]]]:
+    """Seconds of single products in turns: the gradient of ``A`` either way round, and the second product added to ``x·W``."""
+    tokens, sizes, found = (64, (32, 64), {}) if quick else (1024, (512, 2048), {})
+    kept = jax.lax.optimization_barrier
+    for size in sizes:
+        for rank in (8, 32):
+            x, back, thin, b = (
+                jnp.ones(shape) for shape in ((tokens, size), (tokens, rank), (tokens, rank), (rank, size))
+            )
+            y = jnp.ones((tokens, size))
+            for title, pair in {
+                f"gradient of A ({size}, {rank}), tall / flat": (
+                    (lambda x, dt: x.T @ dt, (x, back)),
+                    (lambda x, dt: kept(dt.T @ x).T, (x, back)),
+                ),
+                f"y + t·B ({rank}, {size}), product / outer products": (
+                    (lambda y, t, b: y + t @ b, (y, thin, b)),
+                    (lambda y, t, b: y + sum(t[:, i, None] * b[i] for i in range(b.shape[0])), (y, thin, b)),
+                ),
+            }.items():
+                suite.progress(title)
+                compiled = [jax.jit(fn).lower(*args).compile() for fn, args in pair]
+                runs = {str(i): partial(c, *args) for i, (c, (_, args)) in enumerate(zip(compiled, pair, strict=True))}
+                found[title] = measure.in_turns(runs, 3 if quick else 101)
+    return found
 
 
 def rounding() -> dict[str, float]:
@@ -182,13 +209,14 @@ def tables(results: dict[str, Any]) -> list[suite.Table]:
         )
     lost = ", ".join(f"{name} {error:.1%}" for name, error in results["rounding"].items())
     note = f"rounding of an update of 1 % of a weight in bf16: {lost} of it lost in the product's weights"
+    header = ["", "gradient, ms", "/ floor (quartiles)", "flops / floor", "memory, MiB"]
+    single = [
+        [title, *(f"{1e3 * statistics.median(r[way]):.3f}" for way in "01"), f"{suite.ratios(r['0'], r['1'])[1]:.2f}"]
+        for title, r in results["products"].items()
+    ]
     return [
-        suite.Table(
-            f"{TITLE}: {results['about']}",
-            ["", "gradient, ms", "/ floor (quartiles)", "flops / floor", "memory, MiB"],
-            rows,
-            note,
-        )
+        suite.Table(f"{TITLE}: {results['about']}", header, rows, note),
+        suite.Table("Single products", ["", "first, ms", "second, ms", "first / second"], single),
     ]
 
 

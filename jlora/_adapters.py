@@ -59,10 +59,16 @@ def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 class Fingerprint:
-    """The paths, shapes and dtypes of a parameter tree. Two are equal if these are; comparing and hashing cost nothing."""
+    """The paths, shapes and dtypes of a parameter tree. Two are equal if these are; comparing and hashing cost nothing.
 
-    def __init__(self, leaves: Any):
+    Args:
+        leaves: Path, shape and dtype of each leaf.
+        partial: Whether the tree may have others: an adapter from elsewhere tells only of what it adapts.
+    """
+
+    def __init__(self, leaves: Any, *, partial: bool = False):
         self.leaves = tuple((str(path), tuple(map(int, shape)), str(dtype)) for path, shape, dtype in leaves)
+        self.partial = partial
         self.digest = sha256(repr(self.leaves).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -74,15 +80,22 @@ class Fingerprint:
     def __repr__(self) -> str:
         return f"Fingerprint({self.digest[:12]}, {len(self.leaves)} leaves)"
 
+    def joined(self, other: "Fingerprint") -> "Fingerprint":
+        """What two that do not differ tell together."""
+        if not (self.partial and other.partial):
+            return other if self.partial else self
+        found = {path: (path, shape, dtype) for path, shape, dtype in (*other.leaves, *self.leaves)}
+        return Fingerprint([found[path] for path in sorted(found)], partial=True)
+
     def difference(self, other: "Fingerprint") -> str | None:
-        """The first difference from ``other``, in words, or ``None``."""
+        """The first difference from ``other``, in words, or ``None``. What is partial does not tell that a leaf is not there."""
         mine, theirs = ({path: (shape, dtype) for path, shape, dtype in f.leaves} for f in (self, other))
         for path in mine | theirs:
-            if path not in theirs:
+            if path not in theirs and not other.partial:
                 return f"'{path}' {_spell(*mine[path])} is missing"
-            if path not in mine:
+            if path not in mine and not self.partial:
                 return f"'{path}' {_spell(*theirs[path])} is not part of the adapter's base"
-            if mine[path] != theirs[path]:
+            if path in mine and path in theirs and mine[path] != theirs[path]:
                 return f"'{path}' is {_spell(*theirs[path])}, not {_spell(*mine[path])}"
         return None
 
@@ -188,15 +201,28 @@ class LowRank(Adapter):
         return {"a": (*self.batch, *self.inputs, None), "b": (*self.batch, None, *self.outputs)}
 
     def enter(self, w: jax.Array, branch: Branch, key: jax.Array | None) -> Factored:
-        """The leaf ``w`` with this update, factored. The scale goes into ``b``, the smallest array it can go into."""
-        b = self.b if self.scale == 1.0 else self.b * jnp.asarray(self.scale, self.b.dtype)
-        parts, labels = [self.a, b], [(*self.batch, *self.inputs, RANK), (*self.batch, RANK, *self.outputs)]
+        """The leaf ``w`` with this update, factored, and the scale in one of the factors.
+
+        A matrix has it in ``a``, laid out as ``b`` is, with the rank before the other axes: the gradient is then a thin product whose
+        result has the layout of its operand, which XLA:CPU computes several times faster than its transpose, and the scale keeps XLA
+        from turning it round again. A table, of which few rows are read, has it in ``b``, the smaller array.
+        """
+        n = len(self.batch)
+        a, b, rows = self.a, self.b, (*self.batch, *self.inputs, RANK)
+        if self.use == "linear":
+            a, rows = self._scaled(jnp.moveaxis(a, -1, n)), (*self.batch, RANK, *self.inputs)
+        else:
+            b = self._scaled(b)
+        parts, labels = [a, b], [rows, (*self.batch, RANK, *self.outputs)]
         if key is not None and self.dropout > 0:
             sizes = self.a.shape[: len(self.batch)]
             parts.append(jax.random.split(key, sizes) if sizes else key)
             labels.append(self.batch)
         whole = Factored(w, tuple(parts), tuple(labels), branch)
         return whole.map_parts(w, lambda part, ls: (part, ls))
+
+    def _scaled(self, factor: jax.Array) -> jax.Array:
+        return factor if self.scale == 1.0 else factor * jnp.asarray(self.scale, factor.dtype)
 
     def delta(self, w: jax.Array | None = None) -> jax.Array:
         """``scale * a @ b`` in the leaf's shape and the factors' dtype."""
@@ -213,6 +239,13 @@ class FullWeight(Adapter):
     Attributes:
         value: The trained leaf, shape of the base's; at least fp32, for updates smaller than bf16 can hold.
         base: Fingerprint of the tree the adapter was made for.
+        use: How the model uses the leaf, as ``Site.kind``; empty if that is not known. It says, with the others, how the leaf lies
+            in formats of other libraries; here nothing needs it.
+        inputs: As of ``LowRank``, and so are the others; empty of a leaf without a product.
+        outputs: See ``inputs``.
+        batch: See ``inputs``.
+        window: See ``inputs``.
+        groups: See ``inputs``.
     """
 
     kind: ClassVar[str] = "full"
@@ -220,6 +253,12 @@ class FullWeight(Adapter):
 
     value: jax.Array
     base: Fingerprint = static()
+    use: str = static(default="")
+    inputs: tuple[int, ...] = static(default=())
+    outputs: tuple[int, ...] = static(default=())
+    batch: tuple[int, ...] = static(default=())
+    window: tuple[int, ...] = static(default=())
+    groups: int = static(default=1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ import numpy as np
 
 import jlora
 from jlora import _files, _peft_config, peft
-from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
+from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_show import Refusal
 from jlora._export_tree import MARKS as CHECKPOINT
-from jlora._peft_read import TENSORS, open_tensors, part_of
+from jlora._peft_keys import TENSORS, part_of
+from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 Format = Literal["orbax", "peft"]
@@ -37,7 +38,6 @@ class Opened(NamedTuple):
         path: Its folder.
         format: Of the folder.
         lora: Adapters by path; of a PEFT adapter by PyTorch's names.
-        sites: What a PEFT adapter tells of its base, ``None`` for jlora's own, which has it in its adapters.
         about: What the folder says beside: the metadata of jlora's, some of the configuration of PEFT's.
         version: Of what wrote it.
     """
@@ -45,7 +45,6 @@ class Opened(NamedTuple):
     path: Path
     format: Format
     lora: dict[str, Adapter]
-    sites: Sites | None
     about: dict[str, Any]
     version: str
 
@@ -69,42 +68,40 @@ def _has(path: Path, kind: str) -> bool:
     return any((path / mark).exists() for mark in MARKS[kind])
 
 
-def open_adapter(path: Path) -> Opened:
-    """Reads an adapter of either format, all of it checked."""
+def open_adapter(path: Path, values: Mapping[str, Any] | None = None) -> Opened:
+    """Reads an adapter of either format, all of it checked; ``values`` are those of the base, under PyTorch's names."""
     path = _files.folder(path)
     if format_of(path) == "peft":
-        lora, sites = peft.read(path)
+        lora, _ = peft.read(path, params=values)
         config = _files.read_json(path / _peft_config.FILE)
         about = {name: config[name] for name in ABOUT if isinstance(config.get(name), str)}
-        return Opened(path, "peft", lora, sites, about, f"PEFT {about.get('peft_version', '')}".strip())
+        return Opened(path, "peft", lora, about, f"PEFT {about.get('peft_version', '')}".strip())
     description = jlora.metadata(path)
     meta = description.get("meta")
     about = dict(meta) if isinstance(meta, dict) else {}
-    return Opened(path, "orbax", jlora.load(path), None, about, f"jlora {_files.shown(description.get('jlora', ''))}")
+    return Opened(path, "orbax", jlora.load(path), about, f"jlora {_files.shown(description.get('jlora', ''))}")
 
 
-def open_several(paths: Sequence[Path]) -> list[Opened]:
-    """Reads adapters of one format for one base. What PEFT's tell of it is joined, since each tells only what it adapts."""
-    found = [open_adapter(path) for path in paths]
-    if len({x.format for x in found}) > 1:
-        kinds = ", ".join(f"{x.path.name} is {x.format}" for x in found)
+def check_same_format(paths: Sequence[Path]) -> Format:
+    """The format of all of these adapters."""
+    found = {path: format_of(_files.folder(path)) for path in paths}
+    if len(set(found.values())) > 1:
+        kinds = ", ".join(f"{path.name} is {form}" for path, form in found.items())
         raise Refusal(f"All adapters must be of one format: {kinds}.\n  jlora convert makes one of the other.")
-    if found[0].format == "orbax":
-        return found
-    leaves: dict[str, tuple[Site, Path]] = {}
-    for x in found:
-        assert x.sites is not None
-        for path, site in {**x.sites, **x.sites.skipped}.items():
-            before, where = leaves.setdefault(path, (site, x.path))
-            if before.shape != site.shape or (before.kind, before.inputs) != (site.kind, site.inputs):
-                raise Refusal(
-                    f"The adapters do not fit together: '{_files.shown(path)}' is {before.shape} {before.kind} in {where} "
-                    f"and {site.shape} {site.kind} in {x.path}."
-                )
-    ordered = [leaves[path][0] for path in sorted(leaves)]
-    base = Fingerprint((s.path, s.shape, s.dtype) for s in ordered)
-    sites = Sites(ordered, base)
-    return [x._replace(sites=sites, lora={p: changed(a, base=base) for p, a in x.lora.items()}) for x in found]
+    return next(iter(found.values()))
+
+
+def open_several(paths: Sequence[Path], values: Mapping[str, Any] | None = None) -> list[Opened]:
+    """Reads adapters of one format for one base."""
+    found = [open_adapter(path, values) for path in paths]
+    bases = [next(iter(x.lora.values())).base for x in found]
+    for x, base in zip(found, bases, strict=True):
+        difference = bases[0].difference(base)
+        if difference:
+            raise Refusal(
+                f"The adapters at {found[0].path} and {x.path} are for different bases: {_files.shown(difference, 200)}."
+            )
+    return found
 
 
 class Writing(NamedTuple):
@@ -124,7 +121,6 @@ def write(out: Path, like: Opened, how: Writing) -> None:
             out,
             like.lora,
             names=lambda path: path,
-            sites=like.sites,
             base_model=how.base_model or like.about.get("base_model_name_or_path"),
             task_type=how.task_type or like.about.get("task_type"),
             dtype=how.dtype,
@@ -157,8 +153,11 @@ def free(out: Path, kind: str, force: bool, inputs: Sequence[Path]) -> Path:
     """``out``, if something of this kind may be written there: before the work begins."""
     out = _files.folder(out)
     for path in inputs:
-        if _files.folder(path).resolve().is_relative_to(out.resolve()):
+        read = _files.folder(path).resolve()
+        if read.is_relative_to(out.resolve()):
             raise Refusal(f"{path} would be replaced while it is read.\n  Choose another name than {out}.")
+        if out.resolve().is_relative_to(read):
+            raise Refusal(f"{out} lies inside {path}, which is only read.\n  Choose a name beside it.")
     _files.check_free(out, overwrite=True, marks=MARKS[kind], what=WORDS[kind])
     if not force and out.exists() and any(out.iterdir()):
         raise Refusal(f"There is already {WORDS[kind]} at {out}.\n  Choose another name, or replace it with --force.")
@@ -181,9 +180,9 @@ def _named(file: Path, path: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_named(file, path, x) for x in value]
     words, numbers = ("name", "layout", "transposed"), ("rotary_heads", "nesting")
-    wanted: dict[str, type] = dict.fromkeys(words, str) | dict.fromkeys(numbers, int)
+    wanted: dict[str, type] = dict.fromkeys(words, str) | dict.fromkeys(numbers, int) | {"is_transposed": bool}
     ok = isinstance(value, dict) and "name" in value and set(value) <= set(wanted)
-    if not ok or any(isinstance(x, bool) or not isinstance(x, wanted[k]) for k, x in value.items()):
+    if not ok or any(type(x) is not wanted[k] for k, x in value.items()):
         raise Refusal(
             f"'{_files.shown(path)}' in {file} must be a name, a list of them, or an object with {', '.join(wanted)}.\n"
             f"  got: {_files.shown(value)}"
@@ -204,15 +203,16 @@ def sites_like(path: Path) -> Sites:
     found = []
     for leaf, shape, dtype in base.leaves:
         adapter = target.get(leaf)
-        if isinstance(adapter, LowRank):
-            if not adapter.use:
-                raise Refusal(f"{path} was saved by a jlora that did not keep how '{leaf}' is used: save it again.")
+        if isinstance(adapter, LowRank) and not adapter.use:
+            raise Refusal(f"{path} was saved by a jlora that did not keep how '{leaf}' is used: save it again.")
+        if isinstance(adapter, LowRank | FullWeight) and adapter.use:
             roles = adapter.inputs, adapter.outputs, adapter.batch
             more: dict[str, Any] = {"window": adapter.window, "groups": adapter.groups}
+            more["reason"] = "" if all(roles[:2]) else f"{path.name} (--like) has it whole, and nothing multiplies it"
             found.append(Site(leaf, shape, jnp.dtype(dtype), adapter.use, *roles, **more))
         else:
             reason = f"{path.name} (--like) does not adapt it, so that its axes are not known"
-            found.append(Site(leaf, shape, jnp.dtype(dtype), "dense", reason=reason))
+            found.append(Site(leaf, shape, jnp.dtype(dtype), "", reason=reason))
     return Sites(found, base)
 
 
@@ -224,8 +224,3 @@ def needs_values(path: Path) -> bool:
 def parameters(x: Adapter) -> int:
     """The number of parameters of an adapter."""
     return sum(int(np.prod(array.shape, dtype=np.int64)) for array in x.arrays().values())
-
-
-def outright(found: Opened) -> list[str]:
-    """Its leaves that are trained outright."""
-    return [path for path, x in found.lora.items() if isinstance(x, FullWeight)]

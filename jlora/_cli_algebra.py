@@ -11,10 +11,10 @@ import numpy as np
 import typer
 
 from jlora import _cli_adapters as adapters
-from jlora import _files, algebra
-from jlora._adapters import LowRank
+from jlora import _cli_base, _files, algebra
+from jlora._adapters import FullWeight, LowRank
 from jlora._cli_adapters import Writing
-from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
+from jlora._cli_options import Adapter, Base, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_show import DIFFERENT, Refusal, Screen, dash, number, percent, progress, several, shape
 
 
@@ -139,14 +139,20 @@ def combine(
     rank: Annotated[int | None, typer.Option(help="Of the result, but for concat, where ranks add up.")] = None,
     density: Annotated[float | None, typer.Option(help="ties, dare: the share of entries to keep.")] = None,
     seed: Seed = None,
-    base_model: Annotated[str | None, typer.Option(help="The base, if the adapters name different ones.")] = None,
+    base: Base = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The base's name, if the adapters name different ones.")
+    ] = None,
     dtype: Dtype = None,
     rank_pattern: Ranks = False,
     force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Makes one adapter of several: the weighted sum of their updates, exact, truncated, or by TIES or DARE."""
+    """Makes one adapter of several: the weighted sum of their updates, exact, truncated, or by TIES or DARE.
+
+    Leaves trained outright need --base, unless their weights sum to 1.
+    """
     screen, numbers = Screen(json), _numbers(weights, len(given))
     if (method == "dare") != (seed is not None):
         raise Refusal("The method dare needs a --seed, and nothing else does.")
@@ -154,32 +160,39 @@ def combine(
         raise Refusal(
             f"There is one adapter to combine, {given[0]}.\n  The order is: jlora combine OUT ADAPTER ADAPTER..."
         )
-    found = adapters.open_several(given)
-    out = adapters.free(out, found[0].format, force, given)
-    whole = [(path, x.path) for x in found for path in adapters.outright(x)]
-    if whole:
-        raise Refusal(
-            f"'{whole[0][0]}' of {whole[0][1]} is trained outright: a sum needs the base's value.\n"
-            "  In Python: jlora.algebra.combine(loras, weights, params=params)."
-        )
+    if method in ("ties", "dare") and density is None:
+        raise Refusal(f"The method {method} needs the share of entries to keep: --density 0.5.")
+    form = adapters.check_same_format(given)
+    out = adapters.free(out, form, force, given if base is None else [*given, base])
+    found, params = _opened(given, base, form)
     about = _common([x.about for x in found], base_model, "base_model_name_or_path" if len(found) > 1 else "")
     key = None if seed is None else jax.random.key(seed)
     options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "key": key}
     paths = list(dict.fromkeys(path for x in found for path in x.lora))
     # One call: the key of DARE is folded by path and place, and whether all is of one base is asked of the whole.
     with progress("combine", 1, json) as step:
-        lora = algebra.combine([x.lora for x in found], numbers, **options)
+        lora = algebra.combine([x.lora for x in found], numbers, params=params, **options)
         step("")
     adapters.write(out, found[0]._replace(lora=lora, about=about), Writing(force, dtype, rank_pattern))
     origin = {path: [i for i, x in enumerate(found) if path in x.lora] for path in paths}
     sites: list[dict[str, Any]] = [
-        {"path": p, "rank": x.rank, "of": origin[p]} for p, x in lora.items() if isinstance(x, LowRank)
+        {"path": p, "rank": getattr(x, "rank", None), "of": origin[p]} for p, x in lora.items()
     ]
-    rows = [(s["path"], str(s["rank"]), ", ".join(found[i].path.name for i in s["of"])) for s in sites]
+    rows = [
+        (s["path"], "whole" if s["rank"] is None else str(s["rank"]), ", ".join(found[i].path.name for i in s["of"]))
+        for s in sites
+    ]
     screen.table(("weight", "rank", "of"), rows, right=(1,))
     screen.note(f"{several(len(sites), 'weight')} written to {out} ({found[0].format})")
     document = {"out": str(out), "format": found[0].format, "method": method, "weights": numbers}
     screen.document({**document, "inputs": [str(x.path) for x in found], "sites": sites})
+
+
+def _opened(given: list[Path], base: Path | None, form: str) -> tuple[list[adapters.Opened], Any]:
+    """The adapters, and what of the base they need."""
+    whole = None if base is None else _cli_base.open_base(base, form)
+    found = adapters.open_several(given, whole if form == "peft" else None)
+    return found, _cli_base.values_of(whole, found)
 
 
 def _numbers(text: str | None, count: int) -> list[float]:
@@ -192,7 +205,10 @@ def _numbers(text: str | None, count: int) -> list[float]:
     except ValueError:
         raise Refusal(f"--weights takes numbers and commas: --weights 0.5,0.5.\n  got: {text!r}") from None
     if len(found) != count:
-        raise Refusal(f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters")
+        order = "\n  The order is: jlora combine OUT ADAPTER ADAPTER..." if len(found) == count + 1 else ""
+        raise Refusal(
+            f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters{order}"
+        )
     return found
 
 
@@ -212,30 +228,29 @@ def diff(
     one: Annotated[Path, typer.Argument(metavar="ONE", help="Folder of an adapter.", show_default=False)],
     two: Annotated[Path, typer.Argument(metavar="TWO", help="Of one in the same format.", show_default=False)],
     tol: Annotated[float, typer.Option(help="The relative difference up to which updates count as the same.")] = 1e-5,
+    base: Base = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Compares two adapters of one base, weight by weight. Exit code 0: the same within --tol; 1: they differ.
 
     cosine: of the updates; difference: relative to the first; angles: the largest principal angles, in degrees, of the spaces that
-    the updates read from and write to.
+    the updates read from and write to. A weight that one of them lacks has no update there: a norm of 0. Of leaves trained outright
+    the values are compared, with --base their updates.
     """
     screen = Screen(json)
     if not 0 <= tol < float("inf"):
         raise Refusal(f"--tol must be a number from 0 up.\n  got: {tol}")
-    found = adapters.open_several([one, two])
+    found, params = _opened([one, two], base, adapters.check_same_format([one, two]))
     first, second = (x.lora for x in found)
-    paths = [path for path in first if path in second]
-    low = [{p: x for p, x in lora.items() if isinstance(x, LowRank)} for lora in (first, second)]
+    paths = list(dict.fromkeys([*first, *second]))
     with progress("compare", len(paths), json) as step:
-        compared = algebra.compare(*low) if all(low) else {}
-        sites = [_compared(path, first[path], second[path], compared.get(path), step) for path in paths]
+        sites = [_compared(path, first.get(path), second.get(path), params, step) for path in paths]
     alone = [[path for path in a if path not in b] for a, b in ((first, second), (second, first))]
     same = not any(alone) and all(s["difference"] <= tol for s in sites)
     columns = ("norm_one", "norm_two", "cosine", "difference", "input_angle", "output_angle")
-    rows = [(s["path"], *(number(s[c]) for c in columns)) for s in sites]
-    rows += [(path, *("-" * len(columns))) for path in (*alone[0], *alone[1])]
-    screen.table(("weight", *(c.replace("_", " ") for c in columns)), rows, right=tuple(range(1, 7)))
+    rows = [(s["path"], s["compared"], *(number(s[c]) for c in columns)) for s in sites]
+    screen.table(("weight", "compared", *(c.replace("_", " ") for c in columns)), rows, right=tuple(range(2, 8)))
     for path, names in zip((one, two), alone, strict=True):
         for name in names:
             screen.note(f"only in {path}: {name}")
@@ -245,20 +260,41 @@ def diff(
     return 0 if same else DIFFERENT
 
 
-def _compared(path: str, x: Any, y: Any, found: Any, step: Callable[[str], None]) -> dict[str, Any]:
-    """The worst of all slices. Values of leaves that are trained outright are compared as they are."""
+def _compared(path: str, x: Any, y: Any, params: Any, step: Callable[[str], None]) -> dict[str, Any]:
+    """The worst of all slices: of the updates, or where these are not known of the values."""
     step(path)
-    out: dict[str, Any] = {"path": path, "cosine": None, "input_angle": None, "output_angle": None}
-    if isinstance(x, LowRank) and isinstance(y, LowRank):
-        norms = (float(jnp.linalg.norm(n.reshape(-1))) for n in (found.norm_one, found.norm_two))
-        angles = (float(jnp.rad2deg(a.max())) for a in (found.input_angles, found.output_angles))
-        out |= dict(zip(("norm_one", "norm_two", "input_angle", "output_angle"), (*norms, *angles), strict=True))
-        return out | {"cosine": float(found.cosine.min()), "difference": float(found.difference.max())}
-    if type(x) is not type(y):
-        return out | {"norm_one": None, "norm_two": None, "difference": float("inf")}
-    if x.shape != y.shape:
-        raise Refusal(f"The adapters are for different shapes of '{path}': {x.shape} and {y.shape}.")
-    one, two = (np.asarray(v.value, np.float64) for v in (x, y))
+    out: dict[str, Any] = {"path": path, "compared": "updates", "norm_one": None, "norm_two": None, "cosine": None}
+    out |= {"difference": None, "input_angle": None, "output_angle": None}
+    there = [a for a in (x, y) if a is not None]
+    kinds = {type(a) for a in there}
+    if FullWeight in kinds and (params is None or (len(kinds) > 1 and there[0].base.partial)):
+        return out | _values_compared(path, x, y)
+    if len(there) < 2:
+        size = _size(algebra.norms({path: there[0]}, params)[path])
+        sizes = (size, 0.0) if y is None else (0.0, size)
+        apart = 0.0 if size == 0 else (1.0 if y is None else float("inf"))
+        return out | {"norm_one": sizes[0], "norm_two": sizes[1], "cosine": 0.0, "difference": apart}
+    found = algebra.compare({path: x}, {path: y}, params)[path]
+    out |= {"norm_one": _size(found.norm_one), "norm_two": _size(found.norm_two)}
+    for name, angles in (("input_angle", found.input_angles), ("output_angle", found.output_angles)):
+        out[name] = None if angles is None else float(jnp.rad2deg(angles.max()))
+    return out | {"cosine": float(found.cosine.min()), "difference": float(found.difference.max())}  # type: ignore[union-attr]
+
+
+def _size(norms: Any) -> float:
+    return float(jnp.linalg.norm(jnp.reshape(norms, -1)))
+
+
+def _values_compared(path: str, x: Any, y: Any) -> dict[str, Any]:
+    """Of leaves trained outright, without their base. A value differs from any update, and from none."""
+    values = [np.asarray(a.value, np.float64) if isinstance(a, FullWeight) else None for a in (x, y)]
+    one, two = values
+    sizes = [None if v is None else float(np.linalg.norm(v)) for v in values]
+    out: dict[str, Any] = {"compared": "values", "norm_one": sizes[0], "norm_two": sizes[1], "difference": float("inf")}
+    if one is None or two is None:
+        return out
+    if one.shape != two.shape:
+        raise Refusal(f"The adapters are for different shapes of '{path}': {one.shape} and {two.shape}.")
     size, apart = float(np.linalg.norm(one)), float(np.linalg.norm(one - two))
     relative = apart / size if size > 0 else (float("inf") if apart > 0 else 0.0)
-    return out | {"norm_one": size, "norm_two": float(np.linalg.norm(two)), "difference": relative}
+    return out | {"difference": relative}

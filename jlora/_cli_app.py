@@ -1,26 +1,28 @@
-"""``jlora merge``, ``convert`` and ``extract``, and with the other commands the whole application.
+"""``jlora merge`` and ``extract``, and with the other commands the whole application.
 
 What these do is in ``_cli_merge.py``, ``_cli_extract.py`` and the library; here is what they take and show.
 """
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import typer
 
 from jlora import _cli_adapters as adapters
 from jlora import _cli_algebra as _cli_algebra
+from jlora import _cli_convert as _cli_convert
 from jlora import _cli_extract as extraction
 from jlora import _cli_merge as merging
 from jlora import _cli_weights as models
-from jlora import _files, peft
-from jlora._adapters import FullWeight, LowRank
+from jlora import _files
+from jlora._adapters import LowRank
 from jlora._cli_adapters import Opened, Writing
+from jlora._cli_base import Values
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
-from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._cli_show import Refusal, Screen, number, percent, progress, several, shape
 from jlora._fold import Fold
 
 
@@ -71,19 +73,42 @@ def merge(
     fold = Fold(dtype, rounding, key)
     out = adapters.free(out, kind, force, [base, adapter])
     begin = functools.partial(progress, "merge", quiet=json)
-    if kind == "checkpoint":
-        if conv1d is not None or prefix is not None or tied or add_new:
-            raise Refusal("--conv1d, --prefix, --tied and --add-new are for safetensors.")
-        report = merging.merge_checkpoint(base, adapter, out, fold, force, begin)
-    else:
-        weights = models.Weights(base)
-        renamed = ("", "") if prefix is None else _split("--prefix", prefix)
-        same = dict(_split("--tied", x) for x in tied or [])
-        found = adapters.open_adapter(adapter)
-        options: dict[str, Any] = {"conv1d": conv1d, "renamed": renamed, "tied": same, "add_new": add_new}
-        plan = merging.Plan(weights, found, **options)
-        with begin(len(weights) + len(plan.added)) as step:
-            report = merging.merge_safetensors(plan, out, fold, force, step)
+    options = Names(conv1d, prefix, tied or [], add_new)
+    merged = _merge_checkpoint if kind == "checkpoint" else _merge_safetensors
+    report = merged(base, adapter, out, fold, options, force, begin)
+    _show_merged(screen, out, "orbax" if kind == "checkpoint" else kind, dtype, report)
+
+
+class Names(NamedTuple):
+    """What was said of the names of a base of safetensors."""
+
+    conv1d: str | None
+    prefix: str | None
+    tied: list[str]
+    add_new: bool
+
+
+def _merge_checkpoint(
+    base: Path, adapter: Path, out: Path, fold: Fold, names: Names, force: bool, begin: Any
+) -> merging.Report:
+    if names != Names(None, None, [], False):
+        raise Refusal("--conv1d, --prefix, --tied and --add-new are for safetensors.")
+    return merging.merge_checkpoint(base, adapter, out, fold, force, begin)
+
+
+def _merge_safetensors(
+    base: Path, adapter: Path, out: Path, fold: Fold, names: Names, force: bool, begin: Any
+) -> merging.Report:
+    weights = models.Weights(base)
+    renamed = ("", "") if names.prefix is None else _split("--prefix", names.prefix)
+    tied = dict(_split("--tied", x) for x in names.tied)
+    found = adapters.open_adapter(adapter, Values(weights, lambda path: merging.Plan.name(path, *renamed)))
+    plan = merging.Plan(weights, found, conv1d=names.conv1d, renamed=renamed, tied=tied, add_new=names.add_new)
+    with begin(len(weights) + len(plan.added)) as step:
+        return merging.merge_safetensors(plan, out, fold, force, step)
+
+
+def _show_merged(screen: Screen, out: Path, form: str, dtype: str | None, report: merging.Report) -> None:
     rows = [(name, percent(x)) for name, x in report.lost.items()]
     rows += [(name, "whole") for name in [*report.replaced, *report.added]]
     screen.table(("merged", "lost in rounding"), rows, right=(1,))
@@ -93,23 +118,15 @@ def merge(
     )
     if worst > 0.01:
         screen.note("  --dtype float32 keeps it all; --rounding stochastic --seed 0 keeps it in the mean.")
+    if report.untied:
+        screen.note("the head is a weight of its own now: tie_word_embeddings in config.json is false")
     for what, names in (("copied", report.copied), ("left out", report.left_out)):
         if names:
             screen.note(f"{what}: {', '.join(map(_files.shown, names))}")
     merged = [{"path": name, "lost": x} for name, x in report.lost.items()]
-    document: dict[str, Any] = {
-        "out": str(out),
-        "format": "orbax" if kind == "checkpoint" else kind,
-        "dtype": dtype,
-        "merged": merged,
-    }
-    document |= {
-        "replaced": report.replaced,
-        "added": report.added,
-        "copied": report.copied,
-        "left_out": report.left_out,
-    }
-    screen.document(document)
+    document: dict[str, Any] = {"out": str(out), "format": form, "dtype": dtype, "merged": merged}
+    listed = ("replaced", "added", "untied", "copied", "left_out")
+    screen.document(document | {name: getattr(report, name) for name in listed})
 
 
 def _check_kinds(kind: str, form: str, to: str | None, base: Path, adapter: Path) -> None:
@@ -136,82 +153,6 @@ def _split(option: str, text: str) -> tuple[str, str]:
     if not equal:
         raise Refusal(f"{option} takes two names: {option} one=two.\n  got: {text!r}")
     return one, two
-
-
-# --- convert -----------------------------------------------------------------------------------------------------------
-
-
-@command(
-    "jlora convert adapter peft-adapter --to peft --base-model meta-llama/Llama-3.2-1B",
-    "jlora convert peft-adapter adapter --to orbax --like another-adapter",
-    "jlora convert peft-adapter adapter --to orbax --base params --names names.json",
-)
-def convert(
-    adapter: Adapter,
-    out: Out,
-    to: Annotated[Literal["peft", "orbax"], typer.Option(help="peft, or orbax: jlora's own.", show_default=False)],
-    names: Annotated[
-        Path | None, typer.Option(help="JSON: path or pattern of paths -> name in PyTorch, or {name, layout, ...}.")
-    ] = None,
-    base_model: Annotated[str | None, typer.Option(help="To peft: the name of the base, for who loads it.")] = None,
-    task_type: Annotated[str | None, typer.Option(help="To peft: such as CAUSAL_LM.")] = None,
-    like: Annotated[Path | None, typer.Option(help="To orbax: an adapter of jlora's for the same base.")] = None,
-    base: Annotated[Path | None, typer.Option(help="To orbax: the base, an orbax checkpoint of parameters.")] = None,
-    dtype: Dtype = None,
-    rank_pattern: Ranks = False,
-    force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Makes a PEFT adapter of jlora's own, or the other way; then --like or --base has to tell the axes of the base's weights."""
-    screen, adapter = Screen(json), _files.folder(adapter)
-    if adapters.format_of(adapter) == to:
-        raise Refusal(f"{adapter} is {to} already.")
-    inputs = [adapter, *(p for p in (like, base) if p is not None)]
-    out = adapters.free(out, to, force, inputs)
-    table = adapters.names_of(names)
-    if to == "peft":
-        if like is not None or base is not None:
-            raise Refusal("--like and --base are for --to orbax: jlora's adapters know the axes of their base.")
-        found = adapters.open_adapter(adapter)
-        options: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
-        options["base_model"] = base_model or found.about.get("base_model_name_or_path")
-        options["task_type"] = task_type or found.about.get("task_type")
-        peft.save(out, found.lora, names=table, **options)
-        made = adapters.open_adapter(out)
-    else:
-        if base_model is not None or task_type is not None or rank_pattern:
-            raise Refusal("--base-model, --task-type and --rank-pattern are for --to peft.")
-        made = _to_own(adapter, table, like, base)
-        adapters.write(out, made, Writing(force, dtype))
-    rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
-    screen.table(("weight", "shape", "rank"), rows, right=(2,))
-    screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
-    sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
-    screen.document({"out": str(out), "format": to, "sites": sites})
-
-
-def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> Opened:
-    if like is None and base is None:
-        raise Refusal(
-            "A PEFT adapter does not tell how the base's weights lie in JAX.\n"
-            "  --like ADAPTER: one of jlora's adapters for the same base, which knows;\n"
-            "  --base CHECKPOINT: an orbax checkpoint of Flax parameters, where a matrix named kernel is (in, out).\n"
-            "  Otherwise in Python: jlora.peft.load(folder, jlora.sites(fn, params, x), names=...), and jlora.save."
-        )
-    values = None
-    if base is not None:
-        base = _files.folder(base)
-        if models.kind_of(base) != "checkpoint":
-            raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
-        values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
-    shapes_only = values is not None and not adapters.needs_values(adapter)
-    target = adapters.sites_like(_files.folder(like)) if like is not None else values
-    params = None if like is None and shapes_only else values
-    lora = peft.load(adapter, target, names=names, params=params)
-    config = _files.read_json(adapter / "adapter_config.json")
-    about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
-    return Opened(adapter, "orbax", lora, None, about, "")
 
 
 # --- extract -----------------------------------------------------------------------------------------------------------
@@ -272,23 +213,34 @@ def extract(
         pairs, leaves = extraction.pairs_of_checkpoints(base, tuned, like, begin)
     with progress("decompose", sum(p.changed for p in pairs), json) as step:
         found = extraction.extract(pairs, leaves, extraction.Wanted(rank, energy, rest), step)
-    made = Opened(out, "peft" if is_peft else "orbax", found.lora, found.sites, about, "")
+    made = Opened(out, "peft" if is_peft else "orbax", found.lora, about, "")
     adapters.write(out, made, Writing(force, dtype, rank_pattern))
-    whole = [path for path, x in found.lora.items() if isinstance(x, FullWeight)]
+    _show_extracted(screen, out, made, found)
+
+
+def _show_extracted(screen: Screen, out: Path, made: Opened, found: extraction.Found) -> None:
     sites: list[dict[str, Any]] = [
         {"path": path, "shape": list(x.shape), "rank": x.rank, "energy": found.kept[path], "norm": found.norms[path]}
         for path, x in found.lora.items()
         if isinstance(x, LowRank)
     ]
     rows = [(s["path"], shape(s["shape"]), str(s["rank"]), percent(s["energy"]), number(s["norm"])) for s in sites]
-    rows += [(path, shape(found.lora[path].shape), "-", "whole", "-") for path in whole]
+    rows += [(path, shape(found.lora[path].shape), "-", "whole", "-") for path in found.whole]
     screen.table(("weight", "shape", "rank", "energy kept", "norm"), rows, right=(2, 3, 4))
     squares = [s["norm"] ** 2 for s in sites]
     kept = sum(n * s["energy"] for n, s in zip(squares, sites, strict=True)) / sum(squares)
     screen.note(f"{several(len(rows), 'weight')} written to {out} ({made.format}); {percent(kept)} of the energy kept")
     if found.same:
         screen.note(f"{several(found.same, 'tensor')} did not change")
-    for name, why in found.ignored.items():
-        screen.note(f"ignored: {name}: {why}")
-    document = {"out": str(out), "format": made.format, "energy": kept, "sites": sites, "whole": whole}
-    screen.document({**document, "ignored": list(found.ignored), "unchanged": found.same})
+    for what, reasons in (("kept whole", found.whole), ("ignored", found.ignored)):
+        for name, why in reasons.items():
+            screen.note(f"{what}: {name}: {why}")
+    document: dict[str, Any] = {
+        "out": str(out),
+        "format": made.format,
+        "energy": kept,
+        "sites": sites,
+        "whole": list(found.whole),
+    }
+    document |= {"ignored": list(found.ignored), "reasons": found.whole | found.ignored, "unchanged": found.same}
+    screen.document(document)

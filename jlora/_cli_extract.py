@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files, _paths, _svd
-from jlora._adapters import Adapter, Fingerprint, FullWeight, fingerprint
+from jlora._adapters import Adapter, Fingerprint, fingerprint
 from jlora._cli_adapters import Refusal, sites_like
 from jlora._cli_weights import Layout, Weights, compiled, load_checkpoint
-from jlora._init import of_site
-from jlora._sites import Site, Sites
+from jlora._init import of_site, whole_of_site
+from jlora._sites import Site
 from jlora.peft import _by_name
 
 TABLE = re.compile(r".*(embed|wte|wpe|shared)[^.]*\.weight")
@@ -30,8 +31,7 @@ class Pair(NamedTuple):
 
     Attributes:
         name: Of the adapter's leaf.
-        site: How it is used; ``None`` if it can only be taken whole.
-        why: Then, the reason.
+        site: How it is used, with a reason if it can only be taken whole.
         base: Reads its value in the base.
         tuned: Reads its value in the tuned model.
         changed: Whether they differ.
@@ -39,8 +39,7 @@ class Pair(NamedTuple):
     """
 
     name: str
-    site: Site | None
-    why: str
+    site: Site
     base: Reader
     tuned: Reader
     changed: bool
@@ -52,17 +51,17 @@ class Found(NamedTuple):
 
     Attributes:
         lora: Adapters by name.
-        sites: Of them.
         kept: Shares by name.
         norms: Of the differences, by name.
+        whole: Why tensors are whole, by name.
         ignored: Tensors that changed and that the adapter does not have, and why.
         same: Number of tensors that did not change.
     """
 
     lora: dict[str, Adapter]
-    sites: Sites
     kept: dict[str, float]
     norms: dict[str, float]
+    whole: dict[str, str]
     ignored: dict[str, str]
     same: int
 
@@ -78,7 +77,7 @@ class Wanted(NamedTuple):
 def extract(pairs: list[Pair], base: Fingerprint | None, wanted: Wanted, step: Callable[[str], None]) -> Found:
     """Decomposes the differences one by one. ``base`` is the fingerprint of the whole base, ``None`` if only of what is adapted."""
     changed = [pair for pair in pairs if pair.changed]
-    rest = {p.name: p.why for p in changed if p.site is None}
+    rest = {p.name: p.site.reason for p in changed if p.site.reason}
     if rest and wanted.rest == "error":
         shown = "\n".join(f"    {name}: {why}" for name, why in list(rest.items())[:12])
         more = f"\n    and {len(rest) - 12} more" if len(rest) > 12 else ""
@@ -86,43 +85,38 @@ def extract(pairs: list[Pair], base: Fingerprint | None, wanted: Wanted, step: C
             f"{len(rest)} tensors changed that get no factors:\n{shown}{more}\n"
             "  Keep them whole with --rest full, or leave them out with --rest ignore."
         )
-    if not any(p.site for p in changed):
+    if len(rest) == len(changed):
         raise Refusal("No matrix differs between the two models: the adapter would have no effect.")
-    taken = [p for p in changed if p.site or wanted.rest == "full"]
+    taken = [p for p in changed if wanted.rest == "full" or not p.site.reason]
     if base is None:
         taken += _siblings(pairs, taken)
-        base = Fingerprint(sorted((p.name, *_about(p)) for p in taken))
+        base = Fingerprint(sorted((p.name, p.site.shape, str(p.site.dtype)) for p in taken), partial=True)
     kept, norms = {}, {}
     made: dict[str, Adapter] = {}
     for pair in taken:
-        if pair.site is None:
+        if pair.site.reason:
             value = _files.check_finite(pair.name, pair.tuned())
-            made[pair.name] = FullWeight(jnp.asarray(_files.floats(value)), base)
+            made[pair.name] = whole_of_site(jnp.asarray(_files.floats(value)), pair.site, base)
         else:
             made[pair.name], kept[pair.name], norms[pair.name] = _low(pair, pair.site, base, wanted)
         step(pair.name)
-    sites = [p.site or _whole(p) for p in sorted(taken, key=lambda p: p.name)]
-    ignored = rest if wanted.rest == "ignore" else {}
-    return Found(
-        {name: made[name] for name in sorted(made)}, Sites(sites, base), kept, norms, ignored, len(pairs) - len(changed)
-    )
+    lora = {name: made[name] for name in sorted(made)}
+    whole = {p.name: p.site.reason for p in taken if p.site.reason}
+    return Found(lora, kept, norms, whole, rest if wanted.rest == "ignore" else {}, len(pairs) - len(changed))
 
 
-def _about(pair: Pair) -> tuple[tuple[int, ...], str]:
-    return (pair.site.shape, str(pair.site.dtype)) if pair.site else (pair.base().shape, "float32")
-
-
-def _whole(pair: Pair) -> Site:
-    return Site(pair.name, _about(pair)[0], np.dtype(np.float32), "dense", reason="it is trained outright")
+def _whole(name: str, shape: tuple[int, ...], reason: str) -> Site:
+    """A tensor of PyTorch that lies as it does there."""
+    return Site(name, shape, np.dtype(np.float32), "dense", reason=reason)
 
 
 def _siblings(pairs: list[Pair], taken: list[Pair]) -> list[Pair]:
     """The other tensors of modules that PEFT can only save whole."""
     names = {p.name for p in taken}
-    adapted = {p.name.rpartition(".")[0] for p in taken if p.site}
-    alone = {p.name.rpartition(".")[0] for p in taken if not p.site and not p.name.endswith(".bias")} - adapted
+    adapted = {p.name.rpartition(".")[0] for p in taken if not p.site.reason}
+    alone = {p.name.rpartition(".")[0] for p in taken if p.site.reason and not p.name.endswith(".bias")} - adapted
     found = [p for p in pairs if p.name not in names and p.name.rpartition(".")[0] in alone]
-    return [p._replace(site=None, why="its module is saved whole") for p in found]
+    return [p._replace(site=_whole(p.name, p.base().shape, "its module is saved whole")) for p in found]
 
 
 def _low(pair: Pair, site: Site, base: Fingerprint, wanted: Wanted) -> tuple[Adapter, float, float]:
@@ -178,11 +172,11 @@ def pairs_of_safetensors(
             continue
         read = _reader(base, name), _reader(tuned, name)
         if not _svd.differ(read[0](), read[1]()):
-            found.append(Pair(name, None, "", *read, False))
+            found.append(Pair(name, _whole(name, shape, "it did not change"), *read, False))
         elif len(shape) == 2 and name.endswith(".weight"):
             found.append(_matrix(name, shape, read, layout, tables, tied))
         else:
-            found.append(Pair(name, None, f"{shape} is no matrix of a linear layer", *read, True))
+            found.append(Pair(name, _whole(name, shape, f"{shape} is no matrix of a linear layer"), *read, True))
     layout.check_used()
     return found
 
@@ -205,13 +199,15 @@ def _matrix(
         )
     if tables is not None and tables.fullmatch(name):
         if tied:
-            return Pair(name, None, "it is tied to the output head, which PEFT adapts apart", *read, True)
-        return Pair(name, Site(name, shape, dtype, "lookup", (0,), (1,)), "", *read, True)
+            return Pair(
+                name, _whole(name, shape, "it is tied to the output head, which PEFT adapts apart"), *read, True
+            )
+        return Pair(name, Site(name, shape, dtype, "lookup", (0,), (1,)), *read, True)
     turned = layout.is_conv1d(name)
     if turned is None:
         raise layout.needed(name, shape)
     shape = (shape[1], shape[0]) if turned else shape
-    return Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), "", *read, True, turned)
+    return Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), *read, True, turned)
 
 
 def _is_tied(base: Weights) -> bool:
@@ -238,10 +234,11 @@ def pairs_of_checkpoints(base: Path, tuned: Path, like: Path | None, begin: Any)
     check_same(set(paths), set(others))
     theirs = dict(zip(others, new, strict=True))
     mine = fingerprint(paths, old)
-    sites = dict(_by_name(paths, old))
+    alone = _by_name(paths, old)
+    sites = {**alone.skipped, **alone}
     if like is not None:
         liked = sites_like(like)
-        sites |= liked
+        sites |= {p: s for p, s in {**liked.skipped, **liked}.items() if s.kind}
         difference = liked.base.difference(mine)
         if difference:
             raise Refusal(f"The adapter at {like} (--like) is for another base: {difference}.")
@@ -261,9 +258,12 @@ def _leaves(
             if not np.array_equal(x, y):
                 raise Refusal(f"'{path}' holds {x.dtype} and differs: no adapter can have it.")
             continue
-        site = sites.get(path)
-        why = "" if site else "its axes are not known: only of a matrix named kernel, or with --like ADAPTER"
-        yield Pair(path, site, why, partial(np.asarray, x), partial(np.asarray, y), _svd.differ(x, y))
+        site = sites[path]
+        if not site.kind and x.ndim > 1:
+            site = replace(site, reason="its axes are not known: only of a matrix named kernel, or with --like ADAPTER")
+        elif site.reason:
+            site = replace(site, kind="dense", reason=f"{x.shape} is no matrix" if x.ndim < 2 else site.reason)
+        yield Pair(path, site, partial(np.asarray, x), partial(np.asarray, y), _svd.differ(x, y))
 
 
 def check_same(one: set[str], two: set[str]) -> None:

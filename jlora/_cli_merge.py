@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import _files, _paths
+from jlora import _files, _paths, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_adapters import Opened, Refusal, new_folder
 from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
 from jlora._export_tree import write_merged
 from jlora._fold import Fold
-from jlora._peft_read import open_tensors, part_of
+from jlora._peft_keys import part_of
+from jlora._peft_read import open_tensors
 from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]
@@ -34,6 +35,7 @@ class Report:
         added: Those of them that the base does not have.
         copied: Other files that were copied.
         left_out: Other files and folders that were not.
+        untied: Whether a head was added to a base that ties its own to its embedding.
     """
 
     lost: dict[str, float] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Report:
     added: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    untied: bool = False
 
 
 # --- safetensors and PEFT ----------------------------------------------------------------------------------------------
@@ -69,6 +72,7 @@ class Plan:
         add_new: bool,
     ):
         self.weights, self.layout = weights, Layout(weights, conv1d)
+        self.config = _peft_config.read(found.path)
         self.low: dict[str, tuple[LowRank, bool]] = {}
         self.full: dict[str, FullWeight] = {}
         self.added: list[str] = []
@@ -86,7 +90,7 @@ class Plan:
         if lost:
             raise self._not_there(lost, names, found.lora)
         for path in (p for p in found.lora if p not in tied):
-            self._put(names[path], found.lora[path], found)
+            self._put(path, names[path], found.lora[path])
         self.layout.check_used()
         self._check_carried(found.path, renamed)
         self._check_untied(tied)
@@ -113,13 +117,21 @@ class Plan:
         if self.weights.config().get("tie_word_embeddings") is not True or tied:
             return
         ends = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head", "embed_out", "embed_in")
-        changed = [n for n in (*self.low, *self.full) if n.removesuffix(".weight").split(".")[-1] in ends]
+        names = [
+            n for n in (*self.low, *self.full) if n in self.weights
+        ]  # a head that is added says itself that it is apart
+        changed = [n for n in names if n.removesuffix(".weight").split(".")[-1] in ends]
         if changed:
             raise Refusal(
                 f"config.json says that head and embedding are one, and the adapter changes '{_files.shown(changed[0])}' alone: as PEFT "
                 "has it they are two from then on.\n"
                 "  If it was trained with both tied: --tied lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
             )
+
+    def unties(self) -> bool:
+        """Whether a head is added to a base that ties its own to its embedding."""
+        heads = [p for p in self.added if p.removesuffix(".weight").split(".")[-1] in ("lm_head", "embed_out")]
+        return bool(heads) and any(True for _ in tying(self.weights.config()))
 
     @staticmethod
     def name(path: str, old: str, new: str) -> str:
@@ -142,7 +154,7 @@ class Plan:
         listed = _paths.listing([_files.shown(path) for path in lost], 4)
         return Refusal(f"The base lacks {len(lost)} of the adapter's weights: {listed}.\n  " + "\n  ".join(hints))
 
-    def _put(self, name: str, adapter: Adapter, found: Opened) -> None:
+    def _put(self, path: str, name: str, adapter: Adapter) -> None:
         if name in self.low or name in self.full:
             raise Refusal(f"Two weights of the adapter are '{_files.shown(name)}' in the base.")
         if name in self.weights:
@@ -153,7 +165,10 @@ class Plan:
                     "  Merge into the model that was not quantised."
                 )
             if isinstance(adapter, LowRank):
-                self.low[name] = adapter, self._turned(name, have.shape, adapter)
+                as_is = len(adapter.shape) == 2 and self.config.is_parameter(path)
+                if as_is and have.shape != adapter.shape:
+                    raise self._unlike(name, have.shape, adapter)
+                self.low[name] = adapter, not as_is and self._turned(name, have.shape, adapter)
                 return
             if have.shape != adapter.shape:
                 raise self._unlike(name, have.shape, adapter)
@@ -175,11 +190,6 @@ class Plan:
             return True
         if have != want:
             raise self._unlike(name, have, adapter)
-        if len(want) == 3:
-            raise Refusal(
-                f"The slices of '{name}' {want} are square, and which way the factors lie is not in the file.\n"
-                "  Merge it with PEFT, or in Python: jlora.peft.load(folder, sites, names=...), jlora.export.save."
-            )
         turned = self.layout.is_conv1d(name)
         if turned is None:
             raise self.layout.needed(name, want)
@@ -211,51 +221,56 @@ def _check_tied(lora: Mapping[str, Adapter], one: str, two: str) -> None:
 
 def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step) -> Report:
     """Writes the merged model in the files of the base."""
-    weights, report = plan.weights, Report()
+    weights, report = plan.weights, Report(untied=plan.unties())
     name_of = {file: (file if weights.folder is not None else ONE) for file in weights.files}
     files = {name_of[file]: list(names) for file, names in weights.files.items()}
-    new = [name for name in plan.full if name not in weights]
-    files[list(files)[-1]] += new
-    common = next((_files.FLOATS[t.dtype] for t in weights.values() if t.dtype in _files.FLOATS), np.dtype(np.float32))
-
-    def dtype_of(name: str) -> np.dtype | None:
-        if name in weights and not weights.is_float(name):
-            return None
-        return fold.dtype_of(_files.FLOATS[weights[name].dtype] if name in weights else common)
-
-    def entry(name: str) -> _files.Entry:
-        dtype = dtype_of(name)
-        if dtype is None:
-            have = weights[name]
-            return _files.Entry(name, have.dtype, have.shape, have.size)
-        shape = weights[name].shape if name in weights else plan.full[name].shape
-        return _files.Entry(name, _files.SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-
+    report.added = [name for name in plan.full if name not in weights]
+    report.replaced = [name for name in plan.full if name in weights]
+    files[list(files)[-1]] += report.added
     with new_folder(out, "safetensors", force) as part:
-        sizes: dict[str, tuple[str, int]] = {}
+        sizes: dict[str, int] = {}
         for file, names in files.items():
-            with open(part / file, "wb") as f:
-                entries = [entry(name) for name in names]
-                _files.write_header(f, entries)
-                for e in entries:
-                    dtype = dtype_of(e.name)
-                    if dtype is None or (e.name in weights and _untouched(plan, e.name, dtype)):
-                        weights.copy(e.name, f)
-                    else:
-                        contents = np.ascontiguousarray(_contents(plan, e.name, dtype, fold))
-                        f.write(contents.reshape(-1).view(np.uint8).data)
-                    sizes[e.name] = file, e.size
-                    step(e.name)
-                sync(f)
+            sizes |= _write_file(part / file, names, plan, fold, step)
         if (weights.folder is not None and (weights.folder / INDEX).exists()) or len(files) > 1:
-            total = sum(size for _, size in sizes.values())
-            where = {name: file for name, (file, _) in sizes.items()}
-            _files.write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            where = {name: file for file, names in files.items() for name in names}
+            _files.write_json(part / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         if weights.folder is not None:
             _copy_rest(weights.folder, part, set(files), fold.dtype, report)
-    report.lost, report.added = fold.lost, new
-    report.replaced = [name for name in plan.full if name not in new]
+    report.lost = fold.lost
     return report
+
+
+def _write_file(file: Path, names: list[str], plan: Plan, fold: Fold, step: Step) -> dict[str, int]:
+    """Writes one file tensor by tensor, and returns their sizes."""
+    dtypes = {name: _dtype_of(plan, name, fold) for name in names}
+    entries = [_entry(plan, name, dtypes[name]) for name in names]
+    with open(file, "wb") as f:
+        _files.write_header(f, entries)
+        for name, dtype in dtypes.items():
+            if dtype is None or (name in plan.weights and _untouched(plan, name, dtype)):
+                plan.weights.copy(name, f)
+            else:
+                contents = np.ascontiguousarray(_contents(plan, name, dtype, fold))
+                f.write(contents.reshape(-1).view(np.uint8).data)
+            step(name)
+        sync(f)
+    return {e.name: e.size for e in entries}
+
+
+def _dtype_of(plan: Plan, name: str, fold: Fold) -> np.dtype | None:
+    """Of a tensor that is written; ``None`` if it holds no floats and is copied."""
+    if name in plan.weights:
+        return fold.dtype_of(_files.FLOATS[plan.weights[name].dtype]) if plan.weights.is_float(name) else None
+    common = (_files.FLOATS[t.dtype] for t in plan.weights.values() if t.dtype in _files.FLOATS)
+    return fold.dtype_of(next(common, np.dtype(np.float32)))
+
+
+def _entry(plan: Plan, name: str, dtype: np.dtype | None) -> _files.Entry:
+    if dtype is None:
+        have = plan.weights[name]
+        return _files.Entry(name, have.dtype, have.shape, have.size)
+    shape = plan.weights[name].shape if name in plan.weights else plan.full[name].shape
+    return _files.Entry(name, _files.SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
 
 
 def _untouched(plan: Plan, name: str, dtype: np.dtype) -> bool:
@@ -283,11 +298,28 @@ def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, 
             continue
         shutil.copyfile(path, to / path.name)
         report.copied.append(path.name)
-    config = to / "config.json"
-    if dtype is not None and config.exists():
-        found = _files.read_json(config)
-        changed = {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(found.get(key), str)}
-        config.write_text(json.dumps(found | changed, indent=2) + "\n", encoding="utf-8")
+    if (to / "config.json").exists():
+        _change_config(to / "config.json", dtype, report.untied)
+
+
+def tying(config: Any) -> Iterator[dict[str, Any]]:
+    """Those parts of a configuration that say that head and embedding are one."""
+    if isinstance(config, dict):
+        if config.get("tie_word_embeddings") is True:
+            yield config
+        for part in config.values():
+            yield from tying(part)
+
+
+def _change_config(file: Path, dtype: np.dtype | None, untied: bool) -> None:
+    found = _files.read_json(file)
+    before = json.dumps(found)
+    if dtype is not None:
+        found |= {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(found.get(key), str)}
+    for part in tying(found) if untied else ():
+        part["tie_word_embeddings"] = False
+    if json.dumps(found) != before:
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 # --- orbax -------------------------------------------------------------------------------------------------------------

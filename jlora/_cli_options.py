@@ -25,6 +25,12 @@ Out = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="BASE", help="The base, for leaves trained outright: a model of safetensors (PEFT), or a checkpoint."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what OUT is, if it is of the same kind.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of what is written; by default as it was.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from jlora._advice import Advised
 from jlora._table import table
 
 OK, DIFFERENT, REFUSED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
@@ -19,6 +20,27 @@ OK, DIFFERENT, REFUSED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
 class Refusal(ValueError):
     """What was asked for cannot be done, in words for the command line."""
+
+
+ADVICE = {
+    "sites": "Pass what tells: --like ADAPTER (jlora's own, for the same base), or --base CHECKPOINT, where a matrix named kernel is "
+    "(in, out).",
+    "params": "Pass the base: --base BASE.",
+    "names": "Say so in --names FILE, JSON from a path, or a pattern of paths, to a name in PyTorch",
+    "base": "Pass the base that it was trained on.",
+    "rank": "Lower --rank, or keep a share of each update: --energy 0.99.",
+}
+"""What is said of an argument in Python, as options say it."""
+
+
+def in_options(error: BaseException) -> str:
+    """The message of an error, its advice in words for the command line; of the system's, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    if not isinstance(error, Advised):
+        return str(error)
+    end = "" if error.need != "names" else f": {json.dumps(error.names)}." if error.names else "."
+    return f"{error.problem}\n  {ADVICE[error.need]}{end}"
 
 
 class Screen:
@@ -113,10 +135,10 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., None]:
             _report("interrupted: nothing was written" if code == INTERRUPTED else "", debug)
         except (ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             code = REFUSED
-            _report(f"error: {error}", debug)
+            _report(f"error: {in_options(error)}", debug)
         except OSError as error:
             code = FAILED
-            _report(f"error: {error}", debug)
+            _report(f"error: {in_options(error)}", debug)
         except Exception as error:  # the edge of the program: whoever calls it gets a message, and --debug the rest
             code = FAILED
             _report(f"error: {type(error).__name__}: {error}\n  This was not expected; --debug shows where.", debug)

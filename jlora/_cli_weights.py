@@ -89,7 +89,7 @@ def kind_of(path: Path) -> Kind:
         if any((path / mark).exists() for mark in MARKS[kind]):
             return kind
     if (path / "adapter_config.json").exists() or (path / "adapter.json").exists():
-        raise Refusal(f"{path} is an adapter, not a model.\n  The order is: jlora merge BASE ADAPTER OUT.")
+        raise Refusal(f"{path} is an adapter, not a model.\n  The order of merge is: jlora merge BASE ADAPTER OUT.")
     inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any((p / m).exists() for m in MARKS["checkpoint"])]
     pickles = sorted(p.name for p in path.glob("pytorch_model*.bin"))
     more = f"\n  There is a checkpoint inside: {inside[0]}." if inside else ""

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jlora import _paths
-from jlora._adapters import KINDS, Adapter, Fingerprint, LowRank, fingerprint
+from jlora._adapters import KINDS, Adapter, Fingerprint, FullWeight, LowRank, fingerprint
+from jlora._advice import Advised
 from jlora._sharding import followed
 from jlora._wrap import check_base, check_lora
 
@@ -50,6 +51,7 @@ def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
         "jlora": __version__,
         "adapters": {path: _entry(adapter) for path, adapter in sorted(lora.items())},
         "base": [[path, list(shape), dtype] for path, shape, dtype in base.leaves],
+        **({"partial": True} if base.partial else {}),
         "meta": meta,
     }
 
@@ -69,7 +71,7 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
             raise ValueError(
                 f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
             )
-        base = Fingerprint(description["base"])
+        base = Fingerprint(description["base"], partial=description.get("partial") is True)
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
         shapes = {path: shape for path, shape, _ in base.leaves}
         for path, adapter in lora.items():
@@ -83,9 +85,10 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
     paths, leaves, _ = _paths.flatten(params)
     difference = base.difference(fingerprint(paths, leaves))
     if difference:
-        raise ValueError(
-            f"The adapter was made for another base: {difference}.\n"
-            "  Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them."
+        raise Advised(
+            f"The adapter was made for another base: {difference}.",
+            "Pass the parameters it was trained on. To use it all the same wherever shapes agree, load it without them.",
+            "base",
         )
     check_base(lora, paths, leaves)
     where = followed(lora, params)
@@ -112,7 +115,9 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
             "scale": adapter.scale,
             "dropout": adapter.dropout,
         }
-        entry |= rule | {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
+        entry |= rule
+    if isinstance(adapter, LowRank | FullWeight):
+        entry |= {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
         entry |= {"use": adapter.use, "window": adapter.window, "groups": adapter.groups}
     return entry
 
@@ -127,12 +132,13 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
         name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()
     }
     static: dict[str, Any] = {"base": base}
+    # Adapters saved by 0.1 before these were kept do not have them: of whole leaves none, of factors but the first three.
+    static |= {"use": str(entry.get("use", "")), "groups": int(entry.get("groups", 1))}
+    roles = ("inputs", "outputs", "batch") if kind is LowRank or static["use"] else ()
+    static |= {name: tuple(int(d) for d in entry[name]) for name in roles}
+    static["window"] = tuple(int(d) for d in entry.get("window", ()))
     if kind is LowRank:
-        static |= {name: tuple(int(d) for d in entry[name]) for name in ("inputs", "outputs", "batch")}
         static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
-        # Adapters saved by 0.1 before these were kept do not have them.
-        static |= {"use": str(entry.get("use", "")), "groups": int(entry.get("groups", 1))}
-        static["window"] = tuple(int(d) for d in entry.get("window", ()))
         if not (math.isfinite(static["scale"]) and static["scale"] > 0):
             raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
         if not 0 <= static["dropout"] < 1:
@@ -144,11 +150,11 @@ def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ..
     """Raises unless an adapter that was read fits the leaf it says it is for."""
     if path not in shapes:
         raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{path}'.")
-    groups = (adapter.batch, adapter.inputs, adapter.outputs) if isinstance(adapter, LowRank) else ()
-    axes = sorted(d for group in groups for d in group)
-    if groups and axes != list(range(len(shapes[path]))):
+    assert isinstance(adapter, LowRank | FullWeight)  # the kinds there are
+    axes = sorted(d for group in (adapter.batch, adapter.inputs, adapter.outputs) for d in group)
+    if axes != list(range(len(shapes[path]))) and (axes or isinstance(adapter, LowRank)):
         raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
-    if isinstance(adapter, LowRank) and not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 0):
+    if not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 0):
         raise ValueError(
             f"The description of the adapter is damaged: '{path}' has window {adapter.window}, groups {adapter.groups}."
         )

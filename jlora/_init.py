@@ -114,7 +114,7 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
     if isinstance(rule, Full):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"Full needs the values of '{site.path}' to start from.\n  got: only its shape and dtype")
-        return FullWeight(jnp.array(leaf, dtype=dtype, copy=True), sites.base)
+        return whole_of_site(jnp.array(leaf, dtype=dtype, copy=True), site, sites.base)
     sizes = [tuple(site.shape[d] for d in group) for group in (site.batch, site.inputs, site.outputs)]
     batch, inputs, outputs = sizes
     shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
@@ -132,6 +132,12 @@ def of_site(a: Any, b: Any, site: Site, scale: float, dropout: float, base: Any)
     """The adapter of a site from its factors."""
     axes = (site.inputs, site.outputs, site.batch)
     return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups)
+
+
+def whole_of_site(value: Any, site: Site, base: Any) -> FullWeight:
+    """The adapter of a site that is trained outright."""
+    axes = ((), (), ()) if site.is_plain else (site.inputs, site.outputs, site.batch)
+    return FullWeight(value, base, site.kind, *axes, site.window, site.groups)
 
 
 def _born(leaf: Any, shell: LowRank, path: str) -> dict[str, Any]:

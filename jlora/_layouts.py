@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jlora._adapters import LowRank
+from jlora._adapters import FullWeight, LowRank
+from jlora._advice import Advised
 from jlora._names import Place, Weight
 from jlora._sites import Site
 
@@ -56,12 +57,17 @@ class Axes(NamedTuple):
         return self._replace(shape=shape, inputs=roles[0], outputs=roles[1], batch=roles[2], window=kept(self.window))
 
 
-def axes_of(leaf: Site | LowRank) -> Axes:
+def axes_of(leaf: Site | LowRank | FullWeight) -> Axes:
     """The axes of a site or of an adapted leaf; a leaf that nothing multiplies has none."""
     use = leaf.kind if isinstance(leaf, Site) else leaf.use
-    plain = isinstance(leaf, Site) and use in ("dense", "unused")
+    plain = isinstance(leaf, Site) and leaf.is_plain
     roles = ((), (), ()) if plain else (leaf.inputs, leaf.outputs, leaf.batch)
     return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups)
+
+
+def unknown(shape: tuple[int, ...]) -> Axes:
+    """The axes of a leaf of which nobody told how it is used."""
+    return Axes(tuple(shape), (), (), (), "", (), 1)
 
 
 def slice_of(axes: Axes, index: tuple[int, ...]) -> tuple[Any, ...]:
@@ -82,8 +88,15 @@ def layer_of(axes: Axes, place: Place) -> Layer:
             f"'{place.path}' has {len(axes.batch)} batch axes left beside '{place.weight.name}'; one can be experts.\n"
             "  Give the name an index {} for each of the others."
         )
-    if axes.batch or not place.weight.name.endswith(".weight"):
-        if not axes.batch and place.path.split("/")[-1] in ("kernel", "embedding"):
+    weight = place.weight
+    if weight.nesting is not None and (axes.window or "lookup" in axes.use):
+        raise ValueError(
+            f"Weight('{weight.name}', nesting={weight.nesting}) says that PEFT adapts this parameter itself, which it does for "
+            f"matrices and experts; '{place.path}' is used as {axes.use}.\n  Leave nesting out."
+        )
+    if axes.batch or weight.nesting is not None or not weight.name.endswith(".weight"):
+        of_module = not axes.batch and not weight.name.endswith("weight")
+        if of_module and place.path.split("/")[-1] in ("kernel", "embedding"):
             raise ValueError(
                 f"The name '{place.weight.name}' of '{place.path}' does not end in '.weight': it is that of a module, not of its parameter."
             )
@@ -170,8 +183,11 @@ def rotate(y: np.ndarray, heads: int | None, *, back: bool) -> np.ndarray:
     if heads is None:
         return y
     if y.shape[0] % (2 * heads):
-        raise ValueError(
-            f"{y.shape[0]} rows are no {heads} heads of rotary pairs.\n  Correct Weight(rotary_heads=...)."
+        raise Advised(
+            f"{y.shape[0]} rows are no {heads} heads of rotary pairs.",
+            "Correct Weight(rotary_heads=...).",
+            "names",
+            {"...": {"name": "...", "rotary_heads": "..."}},
         )
     split = (heads, 2, -1) if back else (heads, -1, 2)
     return y.reshape(*split, *y.shape[1:]).swapaxes(1, 2).reshape(y.shape)
@@ -189,7 +205,13 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
             f"Weight('{weight.name}', transposed=...) is for a convolution, which the model here does not use it as."
         )
     if not axes.inputs:
-        flat = (prod(axes.shape),) if weight.name.endswith(".bias") else axes.shape
+        if not axes.use and len(axes.shape) > 1 and not weight.name.endswith((".bias", ".in_proj_bias")):
+            raise Advised(
+                f"How the axes of '{weight.name}' lie here, where it is {axes.shape}, is not known.",
+                "Pass what tells: sites=jlora.sites(fn, params, x).",
+                "sites",
+            )
+        flat = (prod(axes.shape),) if weight.name.endswith((".bias", ".in_proj_bias")) else axes.shape
         return list(range(len(axes.shape))), flat
     if axes.window:
         kernel = tuple(axes.shape[d] for d in axes.window)

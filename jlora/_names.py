@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from jlora import _paths
+from jlora._advice import Advised
 
 _STACKS = re.compile(r"layers?|blocks?|h")
 _NUMBERED = re.compile(r"(?<![^/])(layers?|blocks?|h|experts?)_(\d+)(?![^/])")
@@ -28,8 +29,8 @@ class Weight:
         rotary_heads: Number of heads, if the leaf has rotary pairs side by side ``(x0, x1), (x2, x3), ...`` and the PyTorch weight
             ``(x0, x[d/2]), ...``: then the rows of each head are exchanged.
         is_transposed: Of experts that are ``"in_out"``: whether their module has this attribute, which PEFT asks since 0.19.
-        nesting: Where several 3-D parameters of one module are adapted, the place of this one among them, from 0, in the order in
-            which the module registers them: PEFT's keys do not name it.
+        nesting: Says that PEFT adapts the parameter itself (``target_parameters``), not its module, and where several of a module are:
+            the place of this one among them, from 0, in the order in which the module registers them. PEFT's keys do not name it.
         transposed: Of ``nn.ConvTranspose1d`` to ``3d``, whose weight is (in, out, window): ``"reversed"`` if its window runs the other way
             than the leaf's, as that of Flax's ``ConvTranspose`` does; ``"as_is"`` if it is the same, as with ``transpose_kernel=True``.
     """
@@ -133,7 +134,7 @@ class ByName:
             other = (
                 f"'{first.path}' and '{others[0].path}'" if first.path != others[0].path else f"'{first.path}' twice"
             )
-            raise ValueError(f"'{name}' is the name of {other}.\n  Give each its own with names=...")
+            raise Advised(f"'{name}' is the name of {other}.", "Give each its own with names=...", "names")
         return first
 
 

@@ -13,6 +13,11 @@ from jlora import _files
 
 FILE = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose conventions are followed
+ADDS_TWICE = (
+    0,
+    21,
+    2,
+)  # up to which it adds the update of nn.MultiheadAttention's out_proj twice; huggingface/peft#3774 mends it
 
 _IGNORED = frozenset(
     [
@@ -79,6 +84,10 @@ class Config(NamedTuple):
     def rank_of(self, key: str) -> int:
         """The rank of the module ``key``."""
         return int(_match(self.rank_pattern, key, self.rank, "rank_pattern"))
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts a parameter as such, ``target_parameters``, whatever its module does with it."""
+        return any(name == t or name.endswith(f".{t}") for t in self.parameters)
 
     def scale(self, key: str, rank: int) -> float:
         """The factor of the update of the module ``key``, whose tensors have rank ``rank``."""
@@ -247,8 +256,8 @@ def _strings(file: Path, name: str, found: Any) -> tuple[str, ...]:
 
 
 def _version(found: Any) -> tuple[int, ...]:
-    numbers = re.match(r"(\d{1,4})\.(\d{1,4})", found) if isinstance(found, str) else None
-    return tuple(map(int, numbers.groups())) if numbers else ()
+    numbers = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", found) if isinstance(found, str) else None
+    return tuple(int(n or 0) for n in numbers.groups()) if numbers else ()
 
 
 def _need(ok: Any, file: Path, name: str, got: Any, wanted: str) -> None:

@@ -1,20 +1,30 @@
 """What a PEFT adapter alone tells of its base: the weights that it adapts, under PyTorch's names and in PyTorch's layout."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
-from jlora._peft_read import Part, open_tensors, part_of
+from jlora._advice import Advised
+from jlora._peft_keys import Part, joined, part_of
+from jlora._peft_read import IN_PROJ, open_tensors
 from jlora._sites import Site, Sites
 
 UNKNOWN = "the adapter replaces it"
+_CHANGED = {"tokens": "weight", "b_bias": "bias"}
+"""Of what a file holds beside factors and whole weights, the parameter that it changes."""
 
 
-def sites_of(folder: Path) -> Sites:
+def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
     """Sites of the base that an adapter is for, as far as the adapter tells.
+
+    Args:
+        folder: Of the adapter.
+        params: Values of the base by PyTorch's names, where they are known.
 
     Raises:
         ValueError: a module has several adapted parameters, which the file does not name.
@@ -27,17 +37,21 @@ def sites_of(folder: Path) -> Sites:
         shape = tensors.header[key].shape
         if part.role in ("a", "b"):
             pairs[part.module, part.depth][part.role] = key, shape
-        elif part.role == "tokens":
-            raise ValueError(
-                f"'{_files.shown(key)}' replaces rows of a table, which is not in the file: load it with its base."
+        elif part.role == "tokens" and f"{part.module}.weight" not in params:
+            raise Advised(
+                f"'{_files.shown(key)}' replaces rows of a table, which is not in the file.",
+                "Load it with its base: jlora.peft.load(folder, sites, params=params).",
+                "params",
             )
-        elif part.role != "b_bias" and not (part.role == "weight" and _is_adapted(parts, part)):
-            name = f"{part.module}.{part.role}"
+        elif not (part.role == "weight" and _is_adapted(parts, part)):
+            name = joined(part.module, _CHANGED.get(part.role, part.role))
+            shape = np.shape(params[name]) if part.role == "tokens" else shape
             found[name] = Site(name, shape, np.dtype(np.float32), "dense", reason=UNKNOWN)
+    holders = {module for part in parts.values() for module in part.around}
     for (module, depth), pair in pairs.items():
         if set(pair) != {"a", "b"}:
             raise ValueError(f"The adapter is incomplete: '{_files.shown(module)}' has only one factor.")
-        site = _site(config, module, depth, pair["a"], pair["b"])
+        site = _site(config, module, depth, pair["a"], pair["b"], module in holders)
         if site.path in found:
             raise ValueError(
                 f"Several parameters of '{_files.shown(module)}' are adapted, and the file does not name them.\n"
@@ -45,7 +59,7 @@ def sites_of(folder: Path) -> Sites:
             )
         found[site.path] = site
     ordered = [found[path] for path in sorted(found)]
-    return Sites(ordered, Fingerprint((s.path, s.shape, s.dtype) for s in ordered))
+    return Sites(ordered, Fingerprint(((s.path, s.shape, s.dtype) for s in ordered), partial=True))
 
 
 def _is_adapted(parts: dict[str, Part], part: Part) -> bool:
@@ -58,7 +72,9 @@ def _site(
     depth: int,
     a: tuple[str, tuple[int, ...]],
     b: tuple[str, tuple[int, ...]],
+    holds: bool,
 ) -> Site:
+    """The site that a pair is for; ``holds`` tells whether its module holds others that the adapter changes."""
     (key, x), (_, y) = a, b
     dtype = np.dtype(np.float32)
     if len(x) < 2 or len(y) != len(x):
@@ -70,7 +86,8 @@ def _site(
         return Site(f"{module}.weight", (y[0], *x[1:]), dtype, "conv", (1, *window), (0,), window=window)
     several = [t for t in config.parameters if module == (m := t.rpartition(".")[0]) or module.endswith(f".{m}")]
     if not several and not depth:
-        return Site(f"{module}.weight", (y[0], x[1]), dtype, "linear", (1,), (0,))
+        # Of what PEFT wraps as a module, only nn.MultiheadAttention has modules inside.
+        return Site(f"{module}.{IN_PROJ if holds else 'weight'}", (y[0], x[1]), dtype, "linear", (1,), (0,))
     name = f"{module}.{several[0].rpartition('.')[2]}" if len(several) == 1 else f"{module}.*"
     rank = config.rank_of(name)
     if x[0] % rank:

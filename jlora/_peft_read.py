@@ -11,34 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlora import _files, _layouts, _paths, _peft_config
+from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, places
 from jlora._peft_config import Config
+from jlora._peft_keys import (
+    FACTORS,
+    PREFIX,
+    TENSORS,
+    Part,
+    check_once,
+    containing,
+    joined,
+    part_of,
+    path_of,
+    wrappers_of,
+)
 from jlora._sites import Site, Sites
 
-TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
+IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
-
-_ROLES = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_B.bias": "b_bias",
-    ".lora_embedding_A": "a",
-    ".lora_embedding_B": "b",
-    ".token_adapter.trainable_tokens_delta": "tokens",
-    ".base_layer.weight": "weight",
-    ".base_layer.bias": "bias",
-}
-
-
-class Part(NamedTuple):
-    """What one tensor of the file is: the module it belongs to, how many wrappers are inside it, and its role there."""
-
-    module: str
-    depth: int
-    role: str
 
 
 class Pair(NamedTuple):
@@ -51,28 +43,6 @@ class Pair(NamedTuple):
     rank: int
     scale: float
     swapped: bool
-
-
-def part_of(key: str) -> Part:
-    """Reads a key of the file."""
-    if not key.startswith(PREFIX):
-        raise ValueError(
-            f"The tensor '{_files.shown(key)}' does not begin with '{PREFIX}': it is not part of an adapter."
-        )
-    name = key.removeprefix(PREFIX)
-    if name.endswith(".lora_magnitude_vector"):
-        raise ValueError(f"The adapter has DoRA's magnitudes ('{_files.shown(key)}'), which jlora does not have.")
-    for suffix, role in _ROLES.items():
-        if name.endswith(suffix):
-            module = name.removesuffix(suffix)
-            bare = module
-            while bare.endswith(".base_layer"):
-                bare = bare.removesuffix(".base_layer")
-            return Part(bare, (len(module) - len(bare)) // len(".base_layer"), role)
-    if ".lora_" in name or ".token_adapter." in name:
-        raise ValueError(f"The tensor '{_files.shown(key)}' is of a kind that jlora does not know.")
-    module, _, last = name.rpartition(".")
-    return Part(module, 0, last)
 
 
 class Reader:
@@ -94,27 +64,47 @@ class Reader:
         named = [Leaf(path, shape, _batch(self.leaves[path])) for path, shape, _ in sites.base.leaves]
         self.places = places(named, names)
         self.by_name = ByName(self.places)
-        self.parts = {key: part_of(key) for key in self.tensors.header}
+        self.own: dict[str, list[str]] = defaultdict(list)  # the names in each module
+        for name in self.by_name:
+            self.own[name.rpartition(".")[0]].append(name)
+        modules = {module for name in self.by_name for module in containing(name)}
+        self.parts = {key: part_of(key, modules) for key in self.tensors.header}
+        check_once(self.parts)
+        self.wrappers = wrappers_of(self.parts.values())
         self.lost = [key for key, part in self.parts.items() if not self.is_known(part)]
 
     def is_known(self, part: Part) -> bool:
         """Whether the base has the weight that a tensor is for."""
-        last = part.role if part.role in ("bias",) else "weight"
         if part.role in ("a", "b"):
-            return f"{part.module}.weight" in self.by_name or bool(self.parameters(part.module))
-        if part.role == "b_bias":
-            return f"{part.module}.bias" in self.by_name
-        return f"{part.module}.{last if part.role in ('tokens', 'weight') else part.role}" in self.by_name
+            return bool(self.adapted(part.module))
+        return (f"{part.module}.bias" if part.role == "b_bias" else part.name) in self.by_name
 
-    def parameters(self, module: str) -> list[str]:
-        """The names of the parameters of a module that PEFT wraps one by one: experts, and what is not named weight."""
-        return [
-            name
-            for name in self.by_name
-            if name.rpartition(".")[0] == module
-            and self.by_name[name].path in self.sites
-            and self.layer(self.by_name[name]) == "parameter"
-        ]
+    def adapted(self, module: str) -> list[str]:
+        """The names of what a module's factors may be for.
+
+        Parameters that the configuration lists, each with a wrapper of its own; or what PEFT adapts if the module is the target: its
+        weight, or the input projection of ``nn.MultiheadAttention``.
+        """
+        own = self.own.get(module, [])
+        listed = [name for name in own if self.is_listed(name)]
+        whole = [name for name in (f"{module}.weight", f"{module}.{IN_PROJ}") if name in own]
+        return listed or whole[:1] or [n for n in own if self.by_name[n].path in self.sites and self.is_parameter(n)]
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a weight is of a kind that PEFT adapts only as a parameter: experts, and what is not named weight."""
+        return self.layer(self.by_name[name]) == "parameter"
+
+    def is_listed(self, name: str) -> bool:
+        """Whether the configuration says that a parameter itself is adapted."""
+        return any(name == t or name.endswith(f".{t}") for t in self.config.parameters)
+
+    def attention(self, module: str) -> str | None:
+        """The ``nn.MultiheadAttention`` of which a module is the output projection, as far as names tell."""
+        outer, _, last = module.rpartition(".")
+        whole = f"{outer}.{IN_PROJ}"
+        if last != OUT_PROJ or whole not in self.by_name or self.by_name[whole].weight.nesting is not None:
+            return None
+        return outer
 
     def axes(self, place: Place) -> Axes:
         """The axes of the slice at a place."""
@@ -146,15 +136,20 @@ class Reader:
     def pair(self, module: str, depth: int, roles: Mapping[str, str]) -> Pair:
         """The factors of one module."""
         a, b = (self.tensors.header[roles[role]].shape for role in ("a", "b"))
-        if f"{module}.weight" in self.by_name and not self.parameters(module):
-            place, key = self.by_name[f"{module}.weight"], module
-        else:
-            place = self.nested(module, depth)
-            key = place.weight.name
+        place = self.place(module, depth)
+        name, outer = place.weight.name, self.attention(module)
+        listed = self.is_listed(name)
         site = self.leaves[place.path]
+        if site.reason and not site.uses and site.kind != "unused":  # no function was asked how it is used
+            raise Advised(
+                f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.",
+                "Pass what tells: load(folder, jlora.sites(fn, params, x)).",
+                "sites",
+            )
         if site.reason and place.path not in self.sites:
             raise ValueError(f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.")
         layer, axes = self.layer(place), self.axes(place)
+        layer = "parameter" if listed and layer == "linear" else layer
         if ("lora_embedding" in roles["a"]) != (layer == "embedding"):
             raise ValueError(
                 f"'{_files.shown(roles['a'])}' is not what PEFT has for '{place.path}', which is used as {axes.use}."
@@ -175,30 +170,41 @@ class Reader:
                 f"The factors of '{_files.shown(module)}' do not fit '{place.path}' {axes.shape}.\n"
                 f"  got: {a} and {b}; needed for rank r: {_spelled(_layouts.factor_shapes(turned, layer, 1), axes, layer)}"
             )
-        return Pair(place, layer, axes, roles, rank, self.config.scale(key, rank), swapped)
+        whole = not listed and name.rpartition(".")[2] in ("weight", IN_PROJ)
+        key = name if not whole else module if outer is None else outer
+        times = 1 if outer is None else self.times(outer, module)
+        return Pair(place, layer, axes, roles, rank, times * self.config.scale(key, rank), swapped)
 
-    def nested(self, module: str, depth: int) -> Place:
-        """Which parameter of a module the factors inside ``depth`` wrappers are for."""
-        names = self.parameters(module)
-        there = sorted({p.depth for p in self.parts.values() if p.module == module and p.role == "a"})
-        if there != list(range(len(there))):
-            raise ValueError(f"The adapter is incomplete: '{_files.shown(module)}' has wrappers {there}.")
-        if len(names) == 1:
-            return self.by_name[names[0]]
-        order = [self.by_name[name] for name in names]
-        wanted = self.config_parameters(module, names)
-        order = [place for place in order if place.weight.name in wanted] if wanted else order
-        if len(order) != len(there) or (any(place.weight.nesting is None for place in order) and len(order) > 1):
+    def times(self, attention: str, module: str) -> int:
+        """How many times PEFT adds the update of an output projection of ``nn.MultiheadAttention``."""
+        if attention not in self.wrappers or self.is_listed(f"{attention}.{IN_PROJ}"):
             raise ValueError(
-                f"The adapter has factors for {len(there)} of the parameters {', '.join(names)}, and does not name them.\n"
-                "  Say in names which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1)."
+                f"The adapter of '{module}' has no effect in PEFT, as nn.MultiheadAttention never calls it.\n"
+                f"  The target was to be '{attention}'. "
+                f"If '{attention}' is another module, say so in names: Weight('{attention}.{IN_PROJ}', nesting=0)."
+            )
+        if self.config.version > _peft_config.ADDS_TWICE:
+            version = ".".join(map(str, self.config.version))
+            raise ValueError(
+                f"PEFT up to {_peft_config.VERSION} adds the update of '{module}' of nn.MultiheadAttention twice; this file is "
+                f"of {version}, which may not.\n  Merge it into its base with PEFT, and extract an adapter."
+            )
+        return 2
+
+    def place(self, module: str, depth: int) -> Place:
+        """What the factors inside ``depth`` wrappers of a module are for: the innermost are for what the module registers first."""
+        order = [self.by_name[name] for name in self.adapted(module)]
+        nesting = {place.weight.nesting for place in order}
+        count = self.wrappers[module]
+        if len(order) != count or (count > 1 and (None in nesting or len(nesting) != count)):
+            raise Advised(
+                f"The adapter has factors for {count} of the parameters {', '.join(self.adapted(module))}, and does not name them.",
+                "Say in names which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1).",
+                "names",
+                {place.path: {"name": place.weight.name, "nesting": i} for i, place in enumerate(order)},
             )
         order.sort(key=lambda place: -(place.weight.nesting or 0))
         return order[depth]
-
-    def config_parameters(self, module: str, names: Iterable[str]) -> list[str]:
-        """Those of a module's parameters that the configuration lists."""
-        return [n for n in names if any(n == t or n.endswith(f".{t}") for t in self.config.parameters)]
 
     def is_swapped(self, place: Place, axes: Axes, rank: int, shapes: Any) -> bool:
         """Whether A runs along the outputs: PEFT took the last axis of experts for the inputs since 0.19, the middle one before."""
@@ -207,10 +213,18 @@ class Reader:
         )
         if straight != across:
             return across
-        if axes.batch and (place.weight.layout is None or not self.config.version):
+        if axes.batch and self.alone:
             raise ValueError(
-                f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.\n"
-                "  Say so in names: Weight(name, layout='out_in')."
+                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed), "
+                "and on PEFT's version, and is not in the file.\n"
+                "  Merge it with PEFT, or load it with its base: jlora.peft.load(folder, sites, names=...), and jlora.export.save."
+            )
+        if axes.batch and (place.weight.layout is None or not self.config.version):
+            raise Advised(
+                f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.",
+                "Say so in names: Weight(name, layout='out_in').",
+                "names",
+                {place.path: {"name": "...", "layout": "out_in"}},
             )
         return _layouts.is_across(axes, place.weight, old=self.config.version < (0, 19))
 
@@ -220,10 +234,11 @@ class Reader:
         """Raises if tensors are left over or missing."""
         if self.lost:
             near = _paths.nearest(self.parts[self.lost[0]].module, {n.rpartition(".")[0] for n in self.by_name}, 2)
-            raise ValueError(
+            raise Advised(
                 f"{len(self.lost)} tensors of the adapter are for nothing in the base: {_listed(self.lost)}.\n"
-                f"  nearest to the first: {', '.join(near)}\n"
-                "  If the base has other names, pass names={path: name of the PyTorch parameter}."
+                f"  nearest to the first: {', '.join(near)}",
+                "If the base has other names, pass names={path: name of the PyTorch parameter}.",
+                "names",
             )
         have = {pair.place.weight.name for pair in pairs}
         begun = {(pair.place.path, pair.place.at) for pair in pairs}
@@ -238,21 +253,42 @@ class Reader:
                 f"The adapter lacks factors for {len(missing)} weights: {_listed(missing)}.\n"
                 "  The file was cut, or the base shares a weight that PEFT has twice (a tied head)."
             )
+        self.check_wrapped()
+
+    def check_wrapped(self) -> None:
+        """Raises if a key does not go through all wrappers that are around its module, and through no others."""
+        for key, part in self.parts.items():
+            own, module = self.wrappers.get(part.module, 0), part.module
+            around = {outer: self.wrappers[outer] for outer in containing(module) if outer in self.wrappers}
+            depths = {own}
+            if part.role in FACTORS or part.role == "tokens":
+                depths = {*range(own + 1)}
+            elif own == 1 and not self.is_listed(f"{module}.weight") and self.adapted(module) == [f"{module}.weight"]:
+                depths = {0, 1}  # before 0.7 PEFT's layers were the base's own, with factors beside the weight
+            if part.around != around or part.depth not in depths:
+                depth = part.depth if part.depth in depths else own
+                wanted = f"{PREFIX}{joined(path_of(module, self.wrappers, depth), part.end)}"
+                raise ValueError(
+                    f"'{_files.shown(key)}' does not go through the wrappers that the file has around its module.\n"
+                    f"  PEFT would name it '{_files.shown(wanted)}'."
+                )
 
     def is_target(self, place: Place) -> bool:
         """Whether the configuration says that a weight is adapted."""
-        module = place.weight.module
-        if self.is_saved(module):
+        module, last = place.weight.module, place.weight.name.rpartition(".")[2]
+        if place.path not in self.sites or self.is_saved(module):
             return False
-        if place.path not in self.sites or self.config.partial or not place.weight.name.endswith(".weight"):
+        if self.is_listed(place.weight.name):
+            return True
+        if self.config.partial or last not in ("weight", IN_PROJ):
             return False
-        return any(module == t or module.endswith(f".{t}") for t in self.config.targets)
+        owners = {module, self.attention(module) or module}
+        return any(m == t or m.endswith(f".{t}") for m in owners for t in self.config.targets)
 
     def is_saved(self, module: str) -> bool:
-        """Whether the configuration says that a module, or one that it is in, is saved whole; PEFT compares the ends of names."""
-        parts = module.split(".")
-        around = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        return any(name.endswith(m) for name in around for m in self.config.saved)
+        """Whether the configuration says that a module, or one that it is in, is saved whole; PEFT compares the ends of paths."""
+        around = [path_of(m, self.wrappers) for m in (*containing(module), module)]
+        return any(path.endswith(m) for path in around for m in self.config.saved)
 
     def read(self, key: str) -> np.ndarray:
         """One tensor."""
@@ -283,7 +319,7 @@ def open_tensors(folder: Path) -> _files.Safetensors:
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:
-    return None if site.kind in ("dense", "unused") else tuple(site.shape[d] for d in site.batch)
+    return None if site.is_plain else tuple(site.shape[d] for d in site.batch)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

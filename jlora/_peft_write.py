@@ -2,16 +2,19 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from jlora import _files, _hosts, _layouts, _paths, _peft_config
+from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
+from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
-from jlora._names import ByName, Leaf, Names, Place, places
-from jlora._peft_read import PREFIX, TENSORS
+from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
+from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
 
@@ -22,6 +25,7 @@ def save(
     *,
     names: Names = None,
     base_model: str | None = None,
+    base_folder: str | os.PathLike[str] | None = None,
     sites: Sites | None = None,
     params: Any = None,
     task_type: str | None = None,
@@ -39,7 +43,10 @@ def save(
         lora: Adapters by path. A leaf trained outright becomes a bias, or part of ``modules_to_save``.
         names: As for ``load``.
         base_model: What PEFT shall load as the base: ``base_model_name_or_path``.
-        sites: What ``jlora.sites`` found; needed for whole weights of two and more axes, and for adapters made before 0.2.
+        base_folder: Where the base's safetensors are: every weight that is written has to be there, in its shape, or nothing is written.
+            Only headers are read. Where files name weights from inside the model, or from around it (``h.0.`` for
+            ``transformer.h.0.``), one and the same prefix may be missing from their names, or stand before all.
+        sites: What ``jlora.sites`` found; needed only for adapters that were saved before these kept how a leaf is used.
         params: The base's values; needed where ``modules_to_save`` takes more leaves of a module than were trained.
         task_type: As PEFT has it, such as ``"CAUSAL_LM"``; not needed by ``PeftModel.from_pretrained``.
         dtype: Of the tensors; by default that of the adapter.
@@ -50,7 +57,8 @@ def save(
     Raises:
         FileExistsError: there is something at ``folder``.
         ImportError: safetensors is not installed.
-        ValueError: a leaf has no place in PEFT's format, a value is not finite, or several arrays would get one name.
+        ValueError: a leaf has no place in PEFT's format, a value is not finite, or several arrays would get one name; the base at
+            ``base_folder`` lacks a weight, or has it in another shape.
 
     Example:
         See ``load``.
@@ -69,6 +77,8 @@ def save(
         elif not isinstance(adapter, LowRank):
             raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
     ranks = writer.finish(portable)
+    if base_folder is not None:
+        _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
         _files.write_safetensors(part / TENSORS, writer.tensors)
         _peft_config.write(
@@ -107,7 +117,8 @@ class Writer:
         self.pairs: dict[str, tuple[Layer, int, tuple[str, str]]] = {}  # by the key that patterns match
         self.modules: set[str] = set()
         self.parameters: set[str] = set()
-        self.saved: set[str] = set()
+        self.saved: dict[str, str] = {}  # modules that are saved whole, by their path
+        self.wanted: dict[str, _peft_base.Wanted] = {}  # what the base has to have
         self.bias = "none"
 
     def _agree(self, name: str, other: Any) -> None:
@@ -117,30 +128,28 @@ class Writer:
 
     def _batch(self, path: str) -> tuple[int, ...] | None:
         leaf: Any = self.lora.get(path)
-        leaf = leaf if isinstance(leaf, LowRank) else self.leaves.get(path)
-        if leaf is None or (isinstance(leaf, Site) and leaf.kind in ("dense", "unused")):
-            return None
-        return tuple(leaf.shape[d] for d in leaf.batch)
+        if isinstance(leaf, LowRank):
+            return tuple(leaf.shape[d] for d in leaf.batch)
+        known = isinstance(leaf, FullWeight) and leaf.use
+        axes = _layouts.axes_of(leaf) if known else self._axes_in_sites(path)
+        return tuple(axes.shape[d] for d in axes.batch) if axes is not None and axes.inputs else None
+
+    def _axes_in_sites(self, path: str) -> Axes | None:
+        return _layouts.axes_of(self.leaves[path]) if path in self.leaves else None
 
     def axes(self, path: str) -> Axes:
         """The axes of a leaf, as far as they are known."""
         adapter = self.lora[path]
-        if isinstance(adapter, LowRank) and (adapter.use or path not in self.leaves):
-            if not adapter.use:
-                raise ValueError(
-                    f"How the model uses '{path}' is not part of this adapter.\n"
-                    "  Pass it: save(folder, lora, sites=jlora.sites(fn, params, x))."
-                )
+        if isinstance(adapter, LowRank | FullWeight) and adapter.use:
             return _layouts.axes_of(adapter)
-        if path in self.leaves:
-            return _layouts.axes_of(self.leaves[path])
-        shape = adapter.shape
-        if len(shape) > 1 and not self.places[path][0].weight.name.endswith(".bias"):
-            raise ValueError(
-                f"The axes of '{path}' {shape}, which is trained outright, are not part of the adapter.\n"
-                "  Pass them: save(folder, lora, sites=jlora.sites(fn, params, x))."
+        found = self._axes_in_sites(path)
+        if found is None and isinstance(adapter, LowRank):
+            raise Advised(
+                f"How the model uses '{path}' is not part of this adapter.",
+                "Pass it: save(folder, lora, sites=jlora.sites(fn, params, x)).",
+                "sites",
             )
-        return Axes(tuple(shape), (), (), (), "dense", (), 1)
+        return found or _layouts.unknown(adapter.shape)
 
     def factors(self, path: str, adapter: LowRank) -> None:
         """Adds the factors of a leaf."""
@@ -151,13 +160,18 @@ class Writer:
             )
         several = self.places[path]
         if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
-            raise ValueError(
-                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.\n"
-                f"  Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}."
+            raise Advised(
+                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
+                f"Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}.",
+                "names",
+                {path: [several[0].weight.name, "lm_head.weight"]},
             )
         for place in several:
             part = axes.at(place.at)
             layer = _layouts.layer_of(part, place)
+            # nn.Linear, or GPT-2's Conv1D: the adapters of both are the same.
+            either = layer == "linear" and place.weight.layout is None and "lookup" not in axes.use
+            self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
             if layer == "parameter" and _layouts.is_across(part, place.weight):
@@ -170,41 +184,70 @@ class Writer:
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""
         if self.by_name[place.weight.name] != place:
-            raise ValueError(f"'{place.weight.name}' is the name of two weights.\n  Give each its own with names=...")
+            raise Advised(
+                f"'{place.weight.name}' is the name of two weights.", "Give each its own with names=...", "names"
+            )
         module = place.weight.module
+        if not module:
+            raise ValueError(
+                f"'{place.path}' is a parameter of the model itself, which PEFT does not adapt.\n  Leave it out."
+            )
         key = place.weight.name if layer == "parameter" else module
         (self.parameters if layer == "parameter" else self.modules).add(key)
-        inside = f"{PREFIX}{module}"
-        if layer == "parameter":
-            inside += ".base_layer" * self._wrappers(place)
+        depth = self._depth(place) if layer == "parameter" else 0
+        inside = f"{PREFIX}{path_of(module, self.wrappers, depth)}"
         ends = ("lora_embedding_A", "lora_embedding_B") if layer == "embedding" else ("lora_A.weight", "lora_B.weight")
         names = (f"{inside}.{ends[0]}", f"{inside}.{ends[1]}")
         for name, tensor in zip(names, (x, y), strict=True):
             self.tensors[name] = _files.check_finite(name, tensor)
         self.pairs[key] = layer, rank, names
 
-    def _wrappers(self, place: Place) -> int:
+    @cached_property
+    def held(self) -> dict[str, list[Weight]]:
+        """The parameters that are adapted themselves, by the module that holds them."""
+        found: dict[str, list[Weight]] = defaultdict(list)
+        for place, layer in self._adapted():
+            if layer == "parameter":
+                found[place.weight.module].append(place.weight)
+        return dict(found)
+
+    @cached_property
+    def wrappers(self) -> dict[str, int]:
+        """How many wrappers PEFT will have around each module."""
+        modules = {place.weight.module: 1 for place, layer in self._adapted() if layer != "parameter"}
+        return modules | {module: len(several) for module, several in self.held.items()}
+
+    def _adapted(self) -> Iterator[tuple[Place, Layer]]:
+        for path, adapter in self.lora.items():
+            if isinstance(adapter, LowRank):
+                axes = self.axes(path)
+                for place in self.places[path]:
+                    yield place, _layouts.layer_of(axes.at(place.at), place)
+
+    def _depth(self, place: Place) -> int:
         """How many wrappers are around the one of this parameter: the first that the module registers is the innermost."""
-        rivals = [
-            p.weight
-            for path, adapter in self.lora.items()
-            if isinstance(adapter, LowRank)
-            for p in self.places[path]
-            if p.weight.module == place.weight.module
-        ]
+        rivals = self.held[place.weight.module]
         order = [w.nesting for w in rivals]
         if len(rivals) > 1 and (None in order or len(set(order)) != len(order)):
-            raise ValueError(
+            raise Advised(
                 f"Several parameters of '{place.weight.module}' are adapted, and PEFT's keys do not name them: "
-                f"{_paths.listing([w.name for w in rivals])}.\n"
-                "  Say which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1)."
+                f"{_paths.listing([w.name for w in rivals])}.",
+                "Say which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1).",
+                "names",
+                {self.by_name[w.name].path: {"name": w.name, "nesting": i} for i, w in enumerate(rivals)},
             )
         return sum((n or 0) > (place.weight.nesting or 0) for n in order)
+
+    def _want(self, place: Place, axes: Axes, *, either: bool = False) -> None:
+        shape = _layouts.torch_shape(axes, place.weight)
+        shapes = (shape, shape[::-1]) if either and shape != shape[::-1] else (shape,)
+        self.wanted[place.weight.name] = _peft_base.Wanted(shapes, not place.first)
 
     def whole(self, path: str, adapter: FullWeight) -> None:
         """Adds a leaf that was trained outright."""
         axes = self.axes(path)
         for place in self.places[path]:
+            self._want(place, axes.at(place.at))
             value = _layouts.to_torch(
                 _layouts.at(_local(adapter.value, path), axes, place.at), axes.at(place.at), place.weight
             )
@@ -215,13 +258,13 @@ class Writer:
         module, _, last = place.weight.name.rpartition(".")
         siblings = {name: self.by_name[name] for name in self.by_name if name.rpartition(".")[0] == module}
         trained = {name for name, p in siblings.items() if isinstance(self.lora.get(p.path), FullWeight)}
-        adapted = module in self.modules
-        if last == "bias" and (adapted or trained == {place.weight.name}):
-            self.bias = "all" if not adapted or self.bias == "all" else "lora_only"
-            name = f"{module}.base_layer.bias" if adapted else place.weight.name
+        around = self.wrappers.get(module, 0)
+        if last == "bias" and (around or trained == {place.weight.name}):
+            self.bias = "all" if not around or self.bias == "all" else "lora_only"
+            name = f"{path_of(module, self.wrappers, around)}.bias"
         else:
-            self.saved.add(module)
-            name = place.weight.name
+            self.saved[path_of(module, self.wrappers)] = module
+            name = f"{path_of(module, self.wrappers)}.{last}"
             for other in sorted(set(siblings) - trained):
                 self._untrained(other, siblings[other])
         value = value.astype(self.dtype or value.dtype)
@@ -230,39 +273,71 @@ class Writer:
     def _untrained(self, name: str, place: Place) -> None:
         """PEFT saves a module with all of its parameters: those that were not trained are the base's."""
         if place.path not in self.params:
-            raise ValueError(
-                f"PEFT saves the module '{place.weight.module}' whole, and '{place.path}' was not trained.\n"
-                "  Pass the base: save(folder, lora, params=params), or train it too with a Full rule."
+            raise Advised(
+                f"PEFT saves the module '{place.weight.module}' whole, and '{place.path}' was not trained.",
+                "Pass the base: save(folder, lora, params=params), or train it too with a Full rule.",
+                "params",
             )
-        axes = _layouts.axes_of(self.leaves[place.path]) if place.path in self.leaves else None
-        shape = np.shape(self.params[place.path])
-        axes = axes or Axes(tuple(shape), (), (), (), "dense", (), 1)
+        axes = self._axes_in_sites(place.path) or _layouts.unknown(np.shape(self.params[place.path]))
+        self._want(place, axes.at(place.at))
         value = _layouts.at(self.params[place.path], axes, place.at)
-        self.tensors[f"{PREFIX}{name}"] = _layouts.to_torch(value, axes.at(place.at), place.weight)
+        inside = path_of(place.weight.module, self.wrappers)
+        self.tensors[f"{PREFIX}{inside}.{name.rpartition('.')[2]}"] = _layouts.to_torch(
+            value, axes.at(place.at), place.weight
+        )
 
-    def _check_nested(self) -> None:
-        """Raises where PEFT would look for tensors under other names, or take them for another module's."""
-        wrapped = {name.rpartition(".")[0] for name in self.parameters}
-        for module in sorted(wrapped):
-            ours = f"{PREFIX}{module}."
-            inside = [k for k in self.tensors if k.startswith(ours) and ".lora_" not in k.removeprefix(PREFIX + module)]
-            inside += [m for m in self.modules if m.startswith(f"{module}.")]
-            if inside:
+    def _check_wrapped(self) -> None:
+        """Raises where PEFT could not put its wrappers, or would put others."""
+        for module, held in self.held.items():
+            if module in self.modules:
                 raise ValueError(
-                    f"Parameters of '{module}' are adapted, and so is '{inside[0].removeprefix(PREFIX)}' inside it: PEFT's keys for both "
-                    "together are not written.\n  Leave one of them out."
+                    f"PEFT adapts either '{module}' or its parameters, and '{held[0].name}' is one.\n"
+                    f"  Say that '{module}.weight' is one too: Weight('{module}.weight', nesting=0), Weight('{held[0].name}', nesting=1)."
                 )
-        for module in sorted(self.saved):
-            alike = [m for m in (*self.modules, *wrapped) if m.endswith(module) or m.startswith(f"{module}.")]
+            outer = next((m for m in containing(module) if m in self.held), None)
+            if outer is not None:
+                both = f"'{self.held[outer][0].name}' and '{held[0].name}'"
+                raise ValueError(
+                    f"PEFT cannot adapt parameters of '{outer}' and of '{module}' inside it: {both}.\n"
+                    "  Leave one of them out."
+                )
+        for name in sorted(self.parameters):
+            taken = [n for n in self.by_name if n.endswith(f".{name}") and n not in self.parameters]
+            if taken:
+                raise ValueError(
+                    f"PEFT would take target_parameters='{name}' for '{taken[0]}' too.\n  Adapt that as well, or neither."
+                )
+        for module in sorted(self.modules):
+            outer, _, last = module.rpartition(".")
+            whole = f"{outer}.{IN_PROJ}"
+            if last == OUT_PROJ and whole in self.by_name and self.by_name[whole].weight.nesting is None:
+                raise ValueError(
+                    f"No adapter of '{module}' means the same to every PEFT: nn.MultiheadAttention never calls it, and where '{outer}' is "
+                    f"the target, PEFT adds its update twice (up to {_peft_config.VERSION}).\n"
+                    f"  Leave it out, or merge it. If '{outer}' is another module, say so: Weight('{whole}', nesting=0)."
+                )
+
+    def _check_saved(self) -> None:
+        """Raises where PEFT would not save a module, or others as well: it compares the ends of paths."""
+        adapted = {path_of(m, self.wrappers) for m in self.wrappers}
+        for path, module in self.saved.items():
+            outer = module.rpartition(".")[0]
+            if outer in self.wrappers:
+                raise ValueError(
+                    f"PEFT refuses modules_to_save='{module}' where parameters of '{outer}', which it is in, are adapted.\n"
+                    f"  Leave out '{module}' or {_paths.listing([w.name for w in self.held.get(outer, ())] or [outer])}."
+                )
+            alike = [m for m in sorted(adapted) if m.endswith(path) or m.startswith(f"{path}.")]
             alike += [n for n in self.by_name if n.startswith(f"{module}.") and n.count(".") > module.count(".") + 1]
             if alike:
                 raise ValueError(
-                    f"PEFT would take modules_to_save='{module}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
+                    f"PEFT would take modules_to_save='{path}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
                 )
 
     def finish(self, portable: bool) -> dict[str, Any]:
         """Brings all factors to one rank, or says which have another; returns what the configuration says of ranks."""
-        self._check_nested()
+        self._check_wrapped()
+        self._check_saved()
         ranks = {key: rank for key, (_, rank, _) in self.pairs.items()}
         if not ranks:
             raise ValueError(

@@ -25,7 +25,7 @@ class Site:
         shape: Of the leaf.
         dtype: Of the leaf.
         kind: ``linear`` (a matrix product), ``conv``, ``lookup`` (rows of a table), several joined by ``+`` (a tied embedding is
-            ``linear+lookup``), ``dense`` (a use that needs all of it) or ``unused``.
+            ``linear+lookup``), ``dense`` (a use that needs all of it) or ``unused``; empty where no function told.
         inputs: Axes that a product sums over, or that a lookup picks rows along.
         outputs: Axes that remain; of a leaf without any product the last axis.
         batch: Axes along which every slice is a weight of its own: layers of a scan, experts.
@@ -49,6 +49,11 @@ class Site:
     reason: str = ""
     window: tuple[int, ...] = ()
     groups: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no product or lookup tells what its axes are."""
+        return self.kind in ("", "dense", "unused")
 
     @property
     def size(self) -> int:

@@ -8,7 +8,7 @@ outputs as columns; batch axes lead. Above the line are arrays, below it one lea
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod, sqrt
+from math import isclose, prod, sqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import _jax
 from jlora._adapters import Adapter, Fingerprint, FullWeight, LowRank
-from jlora._init import fold_path, of_site
+from jlora._advice import Advised
+from jlora._init import fold_path, of_site, whole_of_site
 from jlora._rules import Full, Rule
 from jlora._sharding import shardings
 from jlora._sites import Site
@@ -223,7 +224,7 @@ def extract(w: Any, v: Any, rule: Rule, site: Site, base: Fingerprint) -> tuple[
     """The adapter of the difference of two leaves, and the share of its squared norm that is kept."""
     dtype = rule.dtype or _jax.promote(site.dtype, jnp.float32)
     if isinstance(rule, Full):
-        return FullWeight(jnp.array(v, dtype=dtype, copy=True), base), 1.0
+        return whole_of_site(jnp.array(v, dtype=dtype, copy=True), site, base), 1.0
     old, new = _both(w, v)
     with np.errstate(all="ignore"):  # what is not finite raises here
         moved = _whole(jnp.asarray(new - old))
@@ -260,9 +261,10 @@ def resize(path: str, x: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
     """``x`` with another rank, and the share of its squared norm that is kept."""
     one = jnp.float32(1.0)
     if rank > smaller_side(x):
-        raise ValueError(
-            f"Rank {rank} is above {smaller_side(x)}, the smaller side of '{path}' {x.shape}.\n"
-            "  Lower it; resize takes a rank for each leaf: resize(lora, {pattern: rank})."
+        raise Advised(
+            f"Rank {rank} is above {smaller_side(x)}, the smaller side of '{path}' {x.shape}.",
+            "Lower it; resize takes a rank for each leaf: resize(lora, {pattern: rank}).",
+            "rank",
         )
     if rank == x.rank:
         return x, one
@@ -322,13 +324,26 @@ def combine_low(path: str, terms: Terms, rank: int | None, mix: Mix | None) -> L
     return rebuild(like, *factors(svd, rank, spare, like.scale))
 
 
-def combine_full(terms: Terms, w: Any, mix: Mix) -> FullWeight:
-    """The base and what is made of the weighted updates, where one of the leaves is trained outright."""
+def needs_base(terms: Terms, *, dense: bool) -> bool:
+    """Whether the base is needed: if a leaf is trained outright, and its share in the sum is not zero, or dense updates are wanted."""
+    whole = [w for w, x in terms if isinstance(x, FullWeight)]
+    if not whole or dense:
+        return bool(whole)
+    return any(isinstance(w, jax.core.Tracer) for w in whole) or not isclose(sum(map(float, whole)), 1.0, rel_tol=1e-9)
+
+
+def combine_full(terms: Terms, w: Any, mix: Mix | None) -> FullWeight:
+    """The base and what is made of the weighted updates, where one of the leaves is trained outright; ``w`` is ``None`` if not needed."""
     first = next(x for _, x in terms if isinstance(x, FullWeight))
     dtype = _jax.promote(*(x.value.dtype for _, x in terms if isinstance(x, FullWeight)))
+    if w is None:
+        wide = _jax.promote(dtype, jnp.float32)
+        values = [x.value if isinstance(x, FullWeight) else _dense(x, None) for _, x in terms]
+        parts = [v.astype(wide) * jnp.asarray(weight, wide) for v, (weight, _) in zip(values, terms, strict=True)]
+        return replace(first, value=total(parts).astype(dtype))
     wide = _jax.promote(dtype, lax.dtype(w), jnp.float32)
-    total = mix([_dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
-    return replace(first, value=(jnp.asarray(w).astype(wide) + total).astype(dtype))
+    update = (mix or total)([_dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
+    return replace(first, value=(jnp.asarray(w).astype(wide) + update).astype(dtype))
 
 
 def _dense(x: Any, w: Any) -> jax.Array:

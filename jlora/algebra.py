@@ -9,6 +9,7 @@ choose a shape runs under ``jax.jit``.
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from jlora import _paths, _svd
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
+from jlora._advice import Advised
 from jlora._init import as_key, fold_path
 from jlora._rules import Rule, assign
 from jlora._sites import Sites
@@ -165,8 +167,11 @@ def combine(
     A leaf that only some of them have is combined from those. The result keeps their ``scale`` if it is the same, else has 1 and the
     scales in ``b``; what else is not an array is as in the first.
 
+    Of leaves trained outright the sum is $W + \sum_i w_i (W_i - W) = (1 - \sum_i w_i) W + \sum_i w_i W_i$: where their weights sum to 1,
+    the base is not needed.
+
     Args:
-        loras: Adapters of one base.
+        loras: Adapters of one base. Those of ``jlora.peft.read``, which know only the leaves that they adapt, may be for different ones.
         weights: One number for each; 1 if not given. A negative one subtracts.
         method: ``"concat"`` puts the factors side by side: exact, and the ranks add up. ``"svd"`` then truncates to ``rank``, without a
             dense update. ``"ties"`` keeps the entries of each weighted update that are largest, elects a sign for each entry by their sum,
@@ -175,7 +180,8 @@ def combine(
         rank: For all methods but ``"concat"``; by default the highest among the adapters (or the smaller side, if that is lower).
         density: For ``"ties"`` and ``"dare"``: the share of entries of each update to keep, leaf by leaf.
         key: For ``"dare"``, a PRNG key.
-        params: The base, needed if a leaf is trained outright: there the result is $W + \sum_i w_i (W_i - W)$, trained outright too.
+        params: The base, needed if a leaf is trained outright and the weights there do not sum to 1, or ``"ties"`` or ``"dare"`` need
+            the updates. The result is trained outright too.
 
     Returns:
         A dict from path to adapter.
@@ -201,15 +207,18 @@ def combine(
         Yadav et al., 2023, arXiv:2306.01708 (ties); Yu et al., 2023, arXiv:2311.03099 (dare).
     """
     loras, weights = _several(loras, weights)
-    base = _values(loras, params, "combine(loras, params=params)")
     key = _check_method(method, rank, density, key)
+    paths = list(dict.fromkeys(path for lora in loras for path in lora))
+    found = {path: [(w, lora[path]) for w, lora in zip(weights, loras, strict=True) if path in lora] for path in paths}
+    wanting = {path for path in paths if _svd.needs_base(found[path], dense=method in ("ties", "dare"))}
+    lacking = [{path: lora[path] for path in wanting & set(lora)} for lora in loras]
+    base = _values(lacking, params, "combine(loras, params=params)")
     out: dict[str, Adapter] = {}
-    for path in dict.fromkeys(path for lora in loras for path in lora):
-        terms = [(w, lora[path]) for w, lora in zip(weights, loras, strict=True) if path in lora]
+    for path, terms in found.items():
         at = [i for i, lora in enumerate(loras) if path in lora]
         mix = _mixer(path, at, method, density, key)
         if any(isinstance(x, FullWeight) for _, x in terms):
-            out[path] = _svd.combine_full(terms, base[path], mix or _svd.total)
+            out[path] = _svd.combine_full(terms, base.get(path), mix)
         elif method == "concat":
             out[path] = _svd.concat(terms)
         else:
@@ -369,17 +378,16 @@ def _several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
         if not _is_number(w):
             raise ValueError(f"A weight must be one finite number.\n  got: {w!r}")
     seen: dict[str, Adapter] = {}
-    first = next(iter(loras[0].values())).base
+    loras = _of_one_base(loras)
     for path, x in ((path, x) for lora in loras for path, x in lora.items()):
-        difference = first.difference(x.base) if x.base != first else None
-        if difference:
-            raise ValueError(
-                f"The adapters belong to different bases: {difference}.\n"
-                "  Only updates of one base can be combined or compared."
-            )
         before = seen.setdefault(path, x)
         if x.shape != before.shape:
             raise ValueError(f"The adapters are for different shapes of '{path}': {before.shape} and {x.shape}.")
+        if x.base.partial and len(x.shape) > 1 and isinstance(x, LowRank) != isinstance(before, LowRank):
+            raise ValueError(
+                f"'{path}' has factors in one adapter and is trained outright in another: which way it lies is not in PEFT's files.\n"
+                "  Load both with their base: jlora.peft.load(folder, sites)."
+            )
         if isinstance(x, LowRank) and isinstance(before, LowRank) and _roles(x) != _roles(before):
             raise ValueError(
                 f"The adapters split '{path}' differently: {_spelled(before)}, and {_spelled(x)}.\n"
@@ -388,6 +396,22 @@ def _several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
         if isinstance(x, LowRank):
             seen[path] = x
     return loras, weights
+
+
+def _of_one_base(loras: list[Lora]) -> list[Lora]:
+    """The adapters, all of the base that they tell together."""
+    first, *others = dict.fromkeys(x.base for lora in loras for x in lora.values())
+    for other in others:
+        difference = first.difference(other)
+        if difference:
+            raise ValueError(
+                f"The adapters belong to different bases: {difference}.\n"
+                "  Only updates of one base can be combined or compared."
+            )
+        first = first.joined(other)
+    if not others:
+        return loras
+    return [{path: replace(x, base=first) for path, x in lora.items()} for lora in loras]  # type: ignore[type-var]
 
 
 def _is_number(w: Any) -> bool:
@@ -411,8 +435,10 @@ def _values(loras: Sequence[Lora], params: Any, call: str) -> dict[str, Any]:
     if not outright:
         return {}
     if params is None:
-        raise ValueError(
-            f"'{outright[0]}' is trained outright: its update is its value less the base's.\n  Pass the base: {call}."
+        raise Advised(
+            f"'{outright[0]}' is trained outright: its update is its value less the base's.",
+            f"Pass the base: {call}.",
+            "params",
         )
     paths, leaves, _ = _paths.flatten(params)
     for lora in loras:

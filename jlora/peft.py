@@ -15,7 +15,8 @@ import numpy as np
 
 from jlora import _files, _layouts, _paths
 from jlora._adapters import Adapter, FullWeight, fingerprint
-from jlora._init import of_site
+from jlora._advice import Advised
+from jlora._init import of_site, whole_of_site
 from jlora._names import Names, Place, default_name
 from jlora._names import Weight as Weight
 from jlora._peft_plain import sites_of
@@ -79,14 +80,18 @@ def load(
     return _placed(_loaded(reader, dtype), params if params is not None else base)
 
 
-def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str, Adapter], Sites]:
+def read(
+    folder: str | os.PathLike[str], *, params: Mapping[str, Any] | None = None, dtype: Any = None
+) -> tuple[dict[str, Adapter], Sites]:
     """Reads a PEFT adapter without its base: leaves have PyTorch's names and layout.
 
-    To look at it, to change its rank, to combine it with others; ``save(folder, lora, names=lambda path: path, sites=sites)`` writes it
-    again. Weights of the base that the file carries beside factors are left out.
+    To look at it, to change its rank, to combine it with others; ``save(folder, lora, names=lambda path: path)`` writes it again.
+    Weights of the base that the file carries beside factors are left out.
 
     Args:
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+        params: Values of the base by the name of their weight, needed where the file adds to them: to biases (``lora_bias``), and to a
+            table of which it has some rows (trained tokens).
         dtype: Of the adapter; by default fp32 or wider.
 
     Returns:
@@ -94,11 +99,13 @@ def read(folder: str | os.PathLike[str], *, dtype: Any = None) -> tuple[dict[str
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: as for ``load``; the file needs its base to be understood (trained tokens, biases of B, unnamed experts).
+        ValueError: as for ``load``; the file needs its base to be understood (trained tokens and biases of B without ``params``, unnamed
+            experts).
     """
     where = _files.folder(folder)
-    sites = sites_of(where)
-    return _loaded(Reader(where, sites, lambda path: path, {}, alone=True), dtype), sites
+    params = {} if params is None else params
+    sites = sites_of(where, params)
+    return _loaded(Reader(where, sites, lambda path: path, params, alone=True), dtype), sites
 
 
 def _loaded(reader: Reader, dtype: Any) -> dict[str, Adapter]:
@@ -135,15 +142,17 @@ def _base(base: Any, params: Any) -> tuple[Sites, dict[str, Any]]:
 
 
 def _by_name(paths: list[str], leaves: list[Any]) -> Sites:
-    """What parameters alone tell: a 2-D leaf that Flax calls ``kernel`` is (in, out)."""
-    tells = "parameters alone do not tell its axes: pass jlora.sites(fn, params, x) instead"
+    """What parameters alone tell: a 2-D leaf that Flax calls ``kernel`` is (in, out); ``embedding`` is a table everywhere."""
+    tells = "parameters alone do not tell its axes"
     found = []
     for path, x in zip(paths, leaves, strict=True):
-        shape, kind = tuple(np.shape(x)), "dense"
-        if len(shape) == 2 and path.split("/")[-1] == "kernel":
+        shape, last = tuple(np.shape(x)), path.split("/")[-1]
+        if len(shape) == 2 and last == "kernel":
             found.append(Site(path, shape, x.dtype, "linear", (0,), (1,)))
+        elif len(shape) == 2 and last == "embedding":
+            found.append(Site(path, shape, x.dtype, "dense", reason=f"{tells}: it may be the output head as well"))
         else:
-            found.append(Site(path, shape, x.dtype, kind, reason=tells))
+            found.append(Site(path, shape, x.dtype, "", reason=tells))
     return Sites(found, fingerprint(paths, leaves))
 
 
@@ -199,13 +208,12 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
     for key, part in reader.parts.items():
         if part.role in ("a", "b", "b_bias"):
             continue
-        last = "weight" if part.role == "tokens" else part.role
-        place = reader.by_name[f"{part.module}.{last}"]
+        place = reader.by_name[part.name]
         if part.role == "tokens":
             found[place.path][place] = _with_rows(reader, key, part.module, place)
         elif reader.alone and part.role == "weight" and f"{part.module}.weight" in lows:
             continue
-        elif last != "bias" and not reader.is_saved(part.module) and not reader.alone:
+        elif part.role != "bias" and not reader.is_saved(part.module) and not reader.alone:
             _check_equal(reader, key, place)
         else:
             found[place.path][place] = _value(reader, key, place)
@@ -247,9 +255,10 @@ def _value(reader: Reader, key: str, place: Place) -> np.ndarray:
 def _known(reader: Reader, place: Place, key: str) -> np.ndarray:
     """The base's value at a place."""
     if place.path not in reader.params:
-        raise ValueError(
-            f"'{_files.shown(key)}' needs the value of '{place.path}' in the base.\n"
-            "  Pass the parameters: load(folder, sites, params=params)."
+        raise Advised(
+            f"'{_files.shown(key)}' needs the value of '{place.path}' in the base.",
+            "Pass the parameters: load(folder, sites, params=params).",
+            "params",
         )
     axes = _layouts.axes_of(reader.leaves[place.path])
     return _files.floats(_layouts.at(reader.params[place.path], axes, place.at))
@@ -292,7 +301,8 @@ def _stack(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], dtype:
         if not np.array_equal(x, several[place.at]):
             raise ValueError(f"'{path}' is one leaf here, but has two values in the adapter.")
     if () in several:
-        return FullWeight(jnp.asarray(_files.floats(several[()], dtype)), reader.sites.base)
+        value = _files.floats(several[()], dtype)
+        return whole_of_site(jnp.asarray(value), reader.leaves[path], reader.sites.base)
     for place in reader.places[path]:
         if place.at not in several:
             several[place.at] = _known(reader, place, place.weight.name)
@@ -300,7 +310,7 @@ def _stack(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], dtype:
     value = np.zeros(axes.shape, next(iter(several.values())).dtype)
     for index, x in several.items():
         value[_layouts.slice_of(axes, index)] = x
-    return FullWeight(jnp.asarray(_files.floats(value, dtype)), reader.sites.base)
+    return whole_of_site(jnp.asarray(_files.floats(value, dtype)), reader.leaves[path], reader.sites.base)
 
 
 def _placed(lora: dict[str, Adapter], params: Any) -> dict[str, Adapter]:

@@ -87,6 +87,39 @@ class Mixture(nn.Module):
         return self.head(self.experts(x))
 
 
+class Routed(nn.Module):
+    """Experts, their router, a bias and a layer in a layer, all in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4) / 2)
+        self.down = nn.Parameter(torch.randn(3, 4, 6) / 2)
+        self.bias = nn.Parameter(torch.randn(4) / 2)
+        self.gate, self.tail = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        y = torch.einsum("eth,edh->etd", torch.tanh(torch.einsum("td,ehd->eth", x, self.up)), self.down)
+        return self.tail(torch.einsum("etd,te->td", y, self.gate(x).softmax(-1)) + self.bias)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.moe, self.head = Routed(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.moe(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.head = nn.MultiheadAttention(12, 3, batch_first=True), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.attn(x, x, x)[0])
+
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = {
     "llama": (llama, IDS, {"r": 2, "lora_alpha": 6, "target_modules": LINEAR}),
@@ -144,6 +177,23 @@ CASES = {
         Mixture,
         torch.linspace(-2, 2, 28).reshape(7, 4),
         {"r": 2, "lora_alpha": 5, "target_modules": ["head"], "target_parameters": ["experts.up", "experts.down"]},
+    ),
+    "nested": (
+        Nested,
+        torch.linspace(-2, 2, 28).reshape(7, 4),
+        {
+            "r": 2,
+            "lora_alpha": 5,
+            "target_modules": ["gate", "head"],
+            "target_parameters": ["moe.up", "moe.down"],
+            "modules_to_save": ["tail.0"],
+            "bias": "lora_only",
+        },
+    ),
+    "attention": (
+        Attention,
+        torch.linspace(-2, 2, 120).reshape(2, 5, 12).sin(),
+        {"r": 2, "lora_alpha": 5, "target_modules": ["attn", "head"]},
     ),
     "dora": (llama, IDS, {"r": 2, "target_modules": ["q_proj"], "use_dora": True}),
     "pissa": (llama, IDS, {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}),

@@ -195,6 +195,42 @@ def experts() -> Port:
     return Port(fn, shapes, nested)
 
 
+def nested() -> Port:
+    """Experts beside what else their module holds."""
+
+    def dense(x, p):
+        return x @ p["kernel"] + p["bias"]
+
+    def fn(params, x):
+        p = params["moe"]
+        xs = jnp.broadcast_to(x, (3, *x.shape))
+        y = jnp.einsum("eth,ehd->etd", jnp.tanh(jnp.einsum("etd,edh->eth", xs, p["up"])), p["down"])
+        y = jnp.einsum("etd,te->td", y, jax.nn.softmax(dense(x, p["gate"]))) + p["bias"]
+        return dense(dense(y, p["tail"]["0"]), params["head"])
+
+    def linear(i, o):
+        return {"kernel": (i, o), "bias": (o,)}
+
+    moe = {"up": (3, 4, 6), "down": (3, 6, 4), "bias": (4,), "gate": linear(4, 3), "tail": {"0": linear(4, 4)}}
+    names = {"moe/up": Weight("moe.up", nesting=0), "moe/down": Weight("moe.down", nesting=1)}
+    return Port(fn, {"moe": moe, "head": linear(4, 5)}, names)
+
+
+def attention() -> Port:
+    """Query, key and value in one kernel, as ``nn.MultiheadAttention`` has them; heads are axes of their own."""
+
+    def fn(params, x):
+        p = params["attn"]
+        qkv = jnp.einsum("btd,dchk->cbthk", x, p["in_proj"]["kernel"]) + p["in_proj"]["bias"][:, None, None]
+        y = jnp.einsum("bthk,hkd->btd", attend(*qkv, causal=False), p["out_proj"]["kernel"]) + p["out_proj"]["bias"]
+        return y @ params["head"]["kernel"] + params["head"]["bias"]
+
+    in_proj = {"kernel": (12, 3, 3, 4), "bias": (3, 3, 4)}
+    attn = {"in_proj": in_proj, "out_proj": {"kernel": (3, 4, 12), "bias": (12,)}}
+    names = {"attn/in_proj/kernel": "attn.in_proj_weight", "attn/in_proj/bias": "attn.in_proj_bias"}
+    return Port(fn, {"attn": attn, "head": {"kernel": (12, 5), "bias": (5,)}}, names)
+
+
 PORTS: dict[str, Callable[[], Port]] = {
     "llama": llama,
     "llama_rslora_patterns": llama,
@@ -206,4 +242,6 @@ PORTS: dict[str, Callable[[], Port]] = {
     "bert": bert,
     "vision": vision,
     "experts": experts,
+    "nested": nested,
+    "attention": attention,
 }

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.linalg import subspace_angles
 
 import jlora
+import jlora.peft
 from jlora import algebra
 
 NAMES = [
@@ -767,3 +768,60 @@ def test_no_dense_update_is_formed(name):
     sizes = [int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"f32\[([\d,]+)\]", text)]
     assert sizes
     assert max(sizes) < np.prod(lora["w"].shape)
+
+
+def whole_and_low(seed):
+    rules = [jlora.Full(targets="v"), jlora.LoRA(rank=2, targets="w")]
+    lora = jlora.init(jax.random.key(seed), TWO, TWO_SITES, rules)
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(seed), x.shape), lora)
+
+
+TWO = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 5))}
+TWO_SITES = jlora.sites(lambda p, x: x @ p["w"] @ p["v"], TWO, jnp.ones((2, 3)))
+
+
+def test_whole_leaves_whose_weights_sum_to_one_need_no_base():
+    loras = [whole_and_low(i) for i in range(3)]
+    weights = [0.5, 0.7, -0.2]
+    for method in ({}, {"method": "svd", "rank": 2}):
+        got = algebra.combine(loras, weights, **method)["v"]
+        np.testing.assert_allclose(
+            got.value, algebra.combine(loras, weights, params=TWO, **method)["v"].value, atol=1e-6
+        )
+        assert got.use == "linear"
+    mixed = [loras[0], jlora.init(jax.random.key(0), TWO, TWO_SITES, jlora.LoRA(rank=1, targets="v"))]
+    mixed[1] = jax.tree.map(lambda x: x + 0.1, mixed[1])
+    want = loras[0]["v"].value + 2 * mixed[1]["v"].delta()
+    np.testing.assert_allclose(algebra.combine(mixed, [1, 2])["v"].value, want, atol=1e-6)
+    for bad in ({"weights": [0.5, 0.7, 0.2]}, {"method": "ties", "density": 0.5, "weights": [1, 0, 0]}):
+        with pytest.raises(ValueError, match=r"'v' is trained outright.*\n  Pass the base"):
+            algebra.combine(loras, **bad)
+    with pytest.raises(ValueError, match="'v' is trained outright"):
+        jax.jit(lambda w: algebra.combine(loras[:2], [w, 1 - w]))(0.5)
+    jax.jit(lambda w: algebra.combine(loras[:2], [w, 1 - w], params=TWO))(0.5)
+
+
+def test_adapters_that_know_a_part_of_their_base(tmp_path):
+    """As read from PEFT's files: they are of one base if they agree where they meet."""
+    both = whole_and_low(0)
+    low = jlora.init(jax.random.key(1), TWO, TWO_SITES, jlora.LoRA(rank=2, targets="w"))
+    one = jlora.init(jax.random.key(1), TWO, TWO_SITES, jlora.LoRA(rank=2, targets="v"))
+    for name, lora in (("both", both), ("low", low), ("one", one)):
+        jlora.peft.save(tmp_path / name, lora, names={"(w|v)": r"\1.weight"})
+    (both, _), (low, _), (one, _) = (jlora.peft.read(tmp_path / name) for name in ("both", "low", "one"))
+    for first, second in ((low, one), (one, low)):
+        joined = algebra.combine([first, second])
+        assert len({x.base for x in joined.values()}) == 1
+        jlora.peft.save(tmp_path / "joined", joined, names=lambda path: path, overwrite=True)
+        again, _ = jlora.peft.read(tmp_path / "joined")
+        for path, x in {**low, **one}.items():
+            np.testing.assert_allclose(again[path].delta(), x.delta(), atol=1e-6)
+    assert set(algebra.compare(low, one)) == {"w.weight", "v.weight"}
+    jlora.save(tmp_path / "kept", low)  # which is remembered
+    assert set(algebra.combine([jlora.load(tmp_path / "kept"), one])) == {"w.weight", "v.weight"}
+    with pytest.raises(ValueError, match=r"'v.weight' has factors in one adapter and is trained outright in another"):
+        algebra.combine([both, one])
+    fingerprint = type(low["w.weight"].base)
+    changed = fingerprint([("w.weight", (5, 4), "float32")], partial=True)
+    with pytest.raises(ValueError, match=r"different bases: 'w.weight' is \(5, 4\) float32, not \(4, 3\) float32"):
+        algebra.combine([low, {"v.weight": dataclasses.replace(one["v.weight"], base=changed)}])

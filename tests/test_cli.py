@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from typer.testing import CliRunner
 
 from jlora import _cli_app, _cli_merge, _cli_show, _files, algebra, cli
+from jlora._advice import Advised
 
 ROOT = Path(__file__).parent.parent
 PEFT = Path(__file__).parent / "fixtures" / "peft"
@@ -149,7 +150,7 @@ def test_info_of_an_own_adapter(own):
     assert re.search(rf"^{MIX}  +linear  +4×5×5  +2  +2  +80 ", text, re.M)
 
 
-@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens"}))
+@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens", "nested"}))
 def test_info_of_peft(kind):
     found = called("info", PEFT / kind)
     lora, _ = jlora.peft.read(PEFT / kind)
@@ -197,7 +198,7 @@ def test_merged_models_give_the_outputs_of_peft(kind, here):
     sites = jlora.sites(port.fn, port.struct(), want["x"])
     params = jlora.export.load(here / "out", port.struct(), sites=sites, names=port.names)
     np.testing.assert_allclose(port.fn(params, want["x"]), want["after"], atol=1e-5)
-    assert set(found) == {"out", "format", "dtype", "merged", "replaced", "added", "copied", "left_out"}
+    assert set(found) == {"out", "format", "dtype", "merged", "replaced", "added", "untied", "copied", "left_out"}
     assert found["copied"] == ["config.json", "tokenizer.json"]
     assert {x["path"] for x in found["merged"]} | set(found["replaced"]) <= set(
         load_file(here / "out" / "model.safetensors")
@@ -473,7 +474,6 @@ def test_converting_is_refused(here, own):
     assert "one is orbax already" in call("convert", "one", "b", "--to", "orbax", code=2)
     assert "p is peft already" in call("convert", "p", "b", "--to", "peft", code=2)
     assert "--like takes one of jlora's own" in call("convert", "p", "b", "--to", "orbax", "--like", "p", code=2)
-    assert "are for --to orbax" in call("convert", "one", "b", "--to", "peft", "--like", "two", code=2)
     assert "are for --to peft" in call("convert", "p", "b", "--to", "orbax", "--base-model", "x", code=2)
     base = base_of("llama", here)
     assert "--base takes an orbax checkpoint" in call("convert", "p", "b", "--to", "orbax", "--base", base, code=2)
@@ -509,7 +509,7 @@ def test_extracting_and_merging_gives_the_tuned_model(here):
 
     after = tuned(base, change)
     found = called("extract", base, after, "a", "--rank", 4, "--energy", 0.9999, "--base-model", "me/llama")
-    assert set(found) == {"out", "format", "energy", "sites", "whole", "ignored", "unchanged"}
+    assert set(found) == {"out", "format", "energy", "sites", "whole", "ignored", "reasons", "unchanged"}
     assert {x["rank"] for x in found["sites"]} == {3}
     assert found["energy"] > 0.9999
     assert found["unchanged"] == 7
@@ -670,14 +670,18 @@ def test_combining_peft_adapters_of_different_targets(here):
 
 def test_combining_is_refused(here, own):
     assert "The order is: jlora combine OUT ADAPTER ADAPTER" in call("combine", "one", "two", "--force", code=2)
-    assert "2 weights, 1 adapters" in call("combine", "x", "one", "--weights", "1,2", code=2)
+    message = call("combine", "x", "one", "--weights", "1,2", code=2)
+    assert "2 weights, 1 adapters\n  The order is: jlora combine OUT" in message
     assert "takes numbers and commas" in call("combine", "x", "one", "--weights", "a", code=2)
     assert "finite" in call("combine", "x", "one", "--weights", "nan", code=2)
     assert "dare needs a --seed" in call("combine", "x", "one", "--method", "dare", "--density", 0.5, code=2)
     assert "dare needs a --seed" in call("combine", "x", "one", "--seed", 1, code=2)
     assert "has no use for rank" in call("combine", "x", "one", "two", "--rank", 1, code=2)
     assert "of one format: one is orbax, llama is peft" in call("combine", "x", "one", PEFT / "llama", code=2)
-    assert "'classifier.bias' of" in call("combine", "x", PEFT / "bert", PEFT / "bert", code=2)
+    message = call("combine", "x", PEFT / "bert", PEFT / "bert", code=2)
+    assert "'classifier.weight' is trained outright" in message
+    assert "Pass the base: --base BASE." in message
+    assert "--density 0.5" in call("combine", "x", "one", "two", "--method", "ties", code=2)
     jlora.save(here / "three", trained(0), base_model_name_or_path="me/other")
     assert "name different bases: me/other and me/tiny" in call("combine", "x", "one", "three", code=2)
     call("combine", "x", "one", "three", "--base-model", "me/tiny")
@@ -688,7 +692,9 @@ def test_adapters_of_other_shapes_are_refused(here):
     found = load_file(here / "other" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     save_file(found | {key: np.ones((2, 25), np.float32)}, here / "other" / "adapter_model.safetensors")
-    assert "do not fit together" in call("combine", "x", PEFT / "llama", "other", code=2)
+    assert "are for different bases: 'model.layers.0.mlp.up_proj.weight' is (20, 25)" in call(
+        "combine", "x", PEFT / "llama", "other", code=2
+    )
 
 
 def test_diff(here, own):
@@ -722,6 +728,212 @@ def test_diff_of_peft_and_of_whole_leaves(here):
     assert "--tol must be" in call("diff", "b", "b", "--tol", "nan", code=2)
 
 
+# --- Leaves trained outright --------------------------------------------------------------------------------------------
+
+
+def whole(seed, *rules):
+    return trained(seed, [jlora.Full(targets=(MIX, "params/up/bias")), *(rules or [jlora.LoRA(rank=2, targets=UP)])])
+
+
+def test_combining_whole_leaves_of_peft(here):
+    """A mean of values needs no base; another sum does."""
+    base = base_of("bert", here)
+    shutil.copytree(PEFT / "bert", here / "b")
+    file = here / "b" / "adapter_model.safetensors"
+    found = load_file(file)
+    key = "base_model.model.classifier.weight"
+    save_file(found | {key: found[key] + 1}, file)
+    got = called("combine", "mean", PEFT / "bert", "b", "--weights", "0.5,0.5")
+    assert {x["path"]: x["rank"] for x in got["sites"]}["classifier.weight"] is None
+    np.testing.assert_allclose(load_file(here / "mean" / "adapter_model.safetensors")[key], found[key] + 0.5, atol=1e-6)
+    call("combine", "sum", PEFT / "bert", "b", "--base", base)
+    w = load_file(base / "model.safetensors")["classifier.weight"]
+    want = w + (found[key] - w) + (found[key] + 1 - w)
+    np.testing.assert_allclose(load_file(here / "sum" / "adapter_model.safetensors")[key], want, atol=1e-6)
+    ties = ("--method", "ties", "--density", 0.5, "--weights", "0.5,0.5")
+    assert "--base BASE" in call("combine", "t", PEFT / "bert", "b", *ties, code=2)
+    call("combine", "t", PEFT / "bert", "b", *ties, "--base", base)
+    renamed(base, lambda name: f"x.{name}")
+    assert "--base lacks 'classifier." in call("combine", "x", PEFT / "bert", "b", "--base", base, code=2)
+
+
+def test_combining_whole_leaves_of_checkpoints(here):
+    params = checkpoint(here / "params", PARAMS)
+    for seed, name in enumerate(("one", "two")):
+        jlora.save(here / name, whole(seed))
+    call("combine", "sum", "one", "two", "--base", params)
+    want = algebra.combine([whole(0), whole(1)], params=PARAMS)
+    np.testing.assert_allclose(jlora.load(here / "sum", PARAMS)[MIX].value, want[MIX].value, atol=1e-6)
+    other = checkpoint(here / "other", {"params": PARAMS["params"] | {"more": jnp.ones(3)}})
+    assert "one was made for another base than --base" in call("combine", "x", "one", "two", "--base", other, code=2)
+    assert "is an orbax checkpoint of parameters" in call(
+        "combine", "x", "one", "two", "--base", base_of("llama", here), code=2
+    )
+
+
+def test_converting_whole_kernels(here):
+    """Square and stacked: the adapter knows its axes, and so does --like."""
+    jlora.save(here / "one", whole(0))
+    (here / "names.json").write_text(json.dumps(NAMES))
+    call("convert", "one", "p", "--to", "peft", "--names", "names.json")
+    found = load_file(here / "p" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(found["base_model.model.model.layers.2.mix.weight"], whole(0)[MIX].value[2].T)
+    call("convert", "p", "back", "--to", "orbax", "--names", "names.json", "--like", "one")
+    np.testing.assert_array_equal(jlora.load(here / "back", PARAMS)[MIX].value, whole(0)[MIX].value)
+    base = checkpoint(here / "base", PARAMS)
+    message = call("convert", "p", "b", "--to", "orbax", "--names", "names.json", "--base", base, code=2)
+    assert "How the axes of 'model.layers.0.mix.weight' lie here" in message
+    assert "--like ADAPTER" in message
+
+
+def test_errors_speak_of_options(here):
+    jlora.save(here / "one", trained(0, [jlora.Full(targets=UP), jlora.LoRA(rank=2, targets=DOWN)]))
+    message = call("convert", "one", "p", "--to", "peft", code=2)
+    assert "'params/up/bias' was not trained.\n  Pass the base: --base BASE." in message
+    base = checkpoint(here / "base", PARAMS)
+    call("convert", "one", "p", "--to", "peft", "--base", base)
+    found = load_file(here / "p" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(found["base_model.model.up.bias"], PARAMS["params"]["up"]["bias"])
+    (here / "n.json").write_text(json.dumps({"params/down/kernel": "x.weight"}))
+    message = call("convert", "p", "b", "--to", "orbax", "--base", base, "--names", "n.json", code=2)
+    assert "Say so in --names FILE, JSON" in message
+    (here / "n.json").write_text(json.dumps({"params/.*/kernel": "same.weight"}))
+    message = call("convert", "one", "q", "--to", "peft", "--names", "n.json", "--base", base, code=2)
+    assert "--names FILE" in message
+    assert "names=" not in message
+    message = call("resize", "one", "r", "--rank", 99, code=2)
+    assert "Lower --rank" in message
+    assert "resize(" not in message
+    jlora.save(here / "two", trained(0, [jlora.LoRA(rank=2, targets=UP)]))
+    other = checkpoint(here / "other", {"params": PARAMS["params"] | {"more": jnp.ones(3)}})
+    assert "Pass the base that it was trained on." in call("merge", other, "two", "m", code=2)
+    example = {"a": {"name": "b", "nesting": 0}}
+    shown = _cli_show.in_options(Advised("Wrong.", "Weight(...)", "names", example))
+    assert shown == (
+        "Wrong.\n  Say so in --names FILE, JSON from a path, or a pattern of paths, to a name in PyTorch: "
+        f"{json.dumps(example)}."
+    )
+
+
+def test_diff_of_weights_that_one_lacks(here, own):
+    lora = trained(0)
+    jlora.save(here / "less", {UP: lora[UP]})
+    rows = {x["path"]: x for x in called("diff", "one", "less", code=1)["sites"]}
+    assert rows[UP]["difference"] < 1e-6
+    assert rows[MIX]["norm_one"] == pytest.approx(float(jnp.linalg.norm(lora[MIX].delta())), rel=1e-5)
+    assert (rows[MIX]["norm_two"], rows[MIX]["cosine"], rows[MIX]["difference"]) == (0, 0, 1)
+    rows = {x["path"]: x for x in called("diff", "less", "one", code=1)["sites"]}
+    assert (rows[MIX]["norm_one"], rows[MIX]["difference"]) == (0, None)  # JSON has no infinity
+    assert "at most inf" in call("diff", "less", "one", code=1)
+
+
+def test_diff_of_whole_leaves_with_their_base(here):
+    params = checkpoint(here / "params", PARAMS)
+    jlora.save(here / "one", whole(0))
+    jlora.save(here / "two", {UP: whole(1)[UP], MIX: whole(1)[MIX]})
+    rows = {x["path"]: x for x in called("diff", "one", "two", "--base", params, code=1)["sites"]}
+    want = algebra.compare(whole(0), {MIX: whole(1)[MIX]}, PARAMS)[MIX]
+    assert rows[MIX]["compared"] == "updates"
+    assert rows[MIX]["norm_one"] == pytest.approx(float(want.norm_one), rel=1e-5)
+    assert rows[MIX]["cosine"] == pytest.approx(float(want.cosine), rel=1e-5)
+    assert rows["params/up/bias"]["norm_two"] == 0
+    rows = {x["path"]: x for x in called("diff", "one", "two", code=1)["sites"]}
+    assert rows[MIX]["compared"] == "values"
+    assert rows[MIX]["norm_one"] == pytest.approx(float(jnp.linalg.norm(whole(0)[MIX].value)), rel=1e-5)
+    assert (rows["params/up/bias"]["norm_two"], rows["params/up/bias"]["difference"]) == (None, None)
+    assert re.search(rf"^{MIX} +values ", call("diff", "one", "two", code=1), re.M)
+    jlora.save(here / "low", trained(0, [jlora.LoRA(rank=2, targets=MIX)]))
+    jlora.save(here / "full", {MIX: whole(0)[MIX]})
+    assert called("diff", "low", "full", code=1)["sites"][0]["norm_one"] is None
+    assert called("diff", "low", "full", "--base", params, code=1)["sites"][0]["norm_one"] > 0
+
+
+def test_extract_says_what_it_keeps_whole(here):
+    after = jax.tree.map(lambda x: x, PARAMS)
+    after["params"]["layers"] = {"mix": PARAMS["params"]["layers"]["mix"] + 1}
+    after["params"]["up"] = {"kernel": PARAMS["params"]["up"]["kernel"] + low_rank((3, 5), 1), "bias": jnp.ones(5)}
+    one, two = checkpoint(here / "p", PARAMS), checkpoint(here / "q", after)
+    assert f"kept whole: {MIX}: its axes are not known" in call("extract", one, two, "a", "--rank", 2, "--rest", "full")
+    found = called("extract", one, two, "a", "--rank", 2, "--rest", "full", "--force")
+    assert found["reasons"]["params/up/bias"] == "(5,) is no matrix"
+    lora = jlora.load(here / "a", PARAMS)
+    assert (lora[MIX].use, lora["params/up/bias"].use) == ("", "dense")
+
+
+# --- What PEFT adds beside factors, and heads ----------------------------------------------------------------------------
+
+
+def test_biases_of_b_are_added_to_biases(here):
+    """``lora_bias``: PEFT adds the bias of B, times the scale."""
+    base = base_of("gpt2", here)
+    shutil.copytree(PEFT / "gpt2_bias", here / "a")
+    file = here / "a" / "adapter_model.safetensors"
+    found = {k: x for k, x in load_file(file).items() if ".lora_" in k}
+    save_file(found, file)
+    config = json.loads((here / "a" / "adapter_config.json").read_text())
+    (here / "a" / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    assert "--base BASE" in call("info", "a", code=2)
+    got = called("merge", base, "a", "out")
+    name = "transformer.h.1.attn.c_attn.bias"
+    assert name in got["replaced"]
+    key = "base_model.model.transformer.h.1.attn.c_attn.lora_B.bias"
+    want = load_file(base / "model.safetensors")[name] + found[key] * config["lora_alpha"] / config["r"]
+    np.testing.assert_allclose(load_file(here / "out" / "model.safetensors")[name], want, atol=1e-6)
+    call("merge", base, "a", "bare", "--prefix", "transformer.=transformer.")
+
+
+def parameter_adapter(folder, shape, rank=2):
+    """Factors of a parameter as such, ``target_parameters``: of experts if it has three axes."""
+    n, (rows, columns) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(rank * n, columns)).astype(np.float32)
+    b = rng.normal(size=(rows, rank * n)).astype(np.float32)
+    folder.mkdir()
+    save_file(
+        {"base_model.model.mix.lora_A.weight": a, "base_model.model.mix.lora_B.weight": b},
+        folder / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_parameters": ["mix.w"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return a, b
+
+
+def test_square_parameters_are_as_peft_has_them(here):
+    """Two axes: B A as they are, whatever the module; of three, the file does not tell."""
+    (here / "base").mkdir()
+    save_file({"mix.w": np.zeros((5, 5), np.float32)}, here / "base" / "model.safetensors")
+    a, b = parameter_adapter(here / "two", (5, 5))
+    call("merge", "base", "two", "out")
+    np.testing.assert_allclose(load_file(here / "out" / "model.safetensors")["mix.w"], b @ a, atol=1e-5)
+    save_file({"mix.w": np.zeros((3, 5, 5), np.float32)}, here / "base" / "model.safetensors")
+    assert "is (3, 5, 5) in the base" in call("merge", "base", "two", "x", code=2)
+    parameter_adapter(here / "new", (3, 5, 5))
+    assert "depends on the module (is_transposed)" in call("merge", "base", "new", "x", code=2)
+
+
+def test_a_head_that_is_added_to_a_tied_base_unties_it(here):
+    base = base_of("llama_tied", here, tie_word_embeddings=True, text_config={"tie_word_embeddings": True})
+    shutil.copytree(PEFT / "llama", here / "a")
+    file = here / "a" / "adapter_model.safetensors"
+    head = np.ones((23, 24), np.float32)
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": head}, file)
+    config = json.loads((here / "a" / "adapter_config.json").read_text())
+    (here / "a" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    assert "--add-new" in call("merge", base, "a", "out", code=2)
+    assert called("merge", base, "a", "out", "--add-new")["untied"] is True
+    written = json.loads((here / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(load_file(here / "out" / "model.safetensors")["lm_head.weight"], head)
+    assert "tie_word_embeddings in config.json is false" in call("merge", base, "a", "out", "--add-new", "--force")
+    assert called("merge", base, PEFT / "llama", "plain")["untied"] is False
+    assert (here / "plain" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
 # --- What is left behind, and what is shown -----------------------------------------------------------------------------
 
 
@@ -742,6 +954,14 @@ def commands(here, own):
         ("combine", "OUT", "one", "two"),
         ("combine", "OUT", "p", "p"),
     ]
+
+
+def test_nothing_is_written_into_what_is_read(here, own):
+    for i, args in enumerate(commands(here, own)):
+        read = args[1] if args[0] != "combine" else args[2]
+        message = call(*(here / read / "inside" if x == "OUT" else x for x in args), code=2)
+        assert "inside lies inside" in message, i
+        assert not (here / read / "inside").exists()
 
 
 def test_nothing_is_replaced_by_accident(here, own):
@@ -781,7 +1001,11 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
 
     monkeypatch.setattr(_files, "_exchange", fail)
     for args in listed:
-        call(*args, code=code)
+        message = call(*args, code=code)
+        assert (
+            message
+            == f"jlora: {'interrupted: nothing was written' if code == 130 else 'error: No space left on device'}\n"
+        )
         assert before == sorted(p.name for p in here.iterdir()), args
 
 

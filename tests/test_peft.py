@@ -171,7 +171,7 @@ def test_without_its_base(saved):
     assert sites["up.weight"].inputs == (1,)
 
 
-@pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens"}))
+@pytest.mark.parametrize("kind", sorted({*PORTS} - {"attention", "experts", "llama_tokens", "nested"}))
 def test_reading_and_saving_again_keeps_every_number(kind, tmp_path):
     lora, sites = jlora.peft.read(FOLDER / kind)
     jlora.peft.save(tmp_path / "a", lora, names=lambda path: path, sites=sites)
@@ -236,7 +236,7 @@ TENSOR_ERRORS = [
     ({UP: np.ones((2, 4), np.float32)}, r"do not fit 'up/kernel' \(3, 5\).\n  got: \(2, 4\) and \(5, 2\); needed .*\(r, 3\) and \(5, r\)"),
     ({UP: np.ones((3, 3), np.float32)}, r"do not fit 'up/kernel'"),
     ({UP: A * np.nan}, f"'{UP}' is not finite"),
-    ({UP: np.ones((2, 3), np.int32)}, "holds I32; weights are BF16"),
+    ({UP: np.ones((2, 3), np.int32)}, "holds I32; here it may be BF16"),
     (
         {UP.replace("up", "upp"): A, "base_model.model.upp.lora_B.weight": B},
         "2 tensors of the adapter are for nothing in the base: .*upp.*\n  nearest to the first: up",
@@ -366,8 +366,52 @@ def test_parameters_alone_tell_only_plain_kernels(tmp_path):
     sites = jlora.sites(fn, params, jnp.arange(4))
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="embedding"))
     jlora.peft.save(tmp_path / "a", lora, names={"embedding": "embed.weight", "kernel": "head.weight"})
-    with pytest.raises(ValueError, match=r"parameters alone do not tell its axes: pass jlora.sites"):
+    with pytest.raises(ValueError, match=r"parameters alone do not tell its axes.*\n  Pass what tells: .*jlora.sites"):
         jlora.peft.load(tmp_path / "a", params, names={"embedding": "embed.weight", "kernel": "head.weight"})
+
+
+STACK = {"layers": {"kernel": jnp.arange(18.0).reshape(2, 3, 3)}, "up": {"kernel": jnp.ones((3, 3))}}
+
+
+def stack(params, x):
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["kernel"])
+    return x @ params["up"]["kernel"]
+
+
+def test_a_whole_leaf_keeps_its_axes(tmp_path):
+    """So that it is written in PyTorch's layout without the sites, also after it was saved; square kernels do not tell by shape."""
+    sites = jlora.sites(stack, STACK, jnp.ones((2, 3)))
+    rules = [jlora.Full(targets="layers/kernel"), jlora.LoRA(rank=2, targets="up/kernel")]
+    lora = jlora.init(jax.random.key(0), STACK, sites, rules)
+    whole = lora["layers/kernel"]
+    assert (whole.use, whole.inputs, whole.outputs, whole.batch) == ("linear", (1,), (2,), (0,))
+    jlora.save(tmp_path / "own", lora)
+    lora = jlora.load(tmp_path / "own", STACK)
+    assert jax.tree.structure(lora["layers/kernel"]) == jax.tree.structure(whole)
+    jlora.peft.save(tmp_path / "a", lora)
+    found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for i, w in enumerate(STACK["layers"]["kernel"]):
+        np.testing.assert_array_equal(found[f"base_model.model.layers.{i}.weight"], w.T)
+    again = jlora.peft.load(tmp_path / "a", sites)["layers/kernel"]
+    np.testing.assert_array_equal(again.value, whole.value)
+    assert jax.tree.structure(again) == jax.tree.structure(whole)
+    with pytest.raises(
+        ValueError, match=r"How the axes of 'layers.0.weight' lie here, where it is \(3, 3\), is not known"
+    ):
+        jlora.peft.load(tmp_path / "a", STACK)  # parameters alone do not tell
+
+
+def test_adapters_saved_before_whole_leaves_had_axes(tmp_path):
+    sites = jlora.sites(stack, STACK, jnp.ones((2, 3)))
+    lora = jlora.init(jax.random.key(0), STACK, sites, jlora.Full(targets="layers/kernel"))
+    description = jlora.describe(lora)
+    entry = description["adapters"]["layers/kernel"]
+    for name in ("use", "inputs", "outputs", "batch", "window", "groups"):
+        del entry[name]
+    assert jlora.restore_target(description)["layers/kernel"].use == ""
+    entry |= {"use": "linear", "inputs": [0], "outputs": [2], "batch": []}
+    with pytest.raises(ValueError, match=r"'layers/kernel' has axes \[0, 2\]"):
+        jlora.restore_target(description)
 
 
 def test_arguments_in_another_order(saved):
@@ -402,10 +446,13 @@ def test_leaves_without_a_place_are_refused(tmp_path):
     with pytest.raises(ValueError, match="There are no factors in this adapter"):
         jlora.peft.save(tmp_path / "a", fresh(jlora.Full(targets="down/bias")))
     lora = fresh(jlora.Full(targets="down/kernel"), jlora.LoRA(rank=2, targets="up/kernel"))
-    with pytest.raises(ValueError, match=r"'down/kernel' .* trained outright, are not part of the adapter"):
-        jlora.peft.save(tmp_path / "a", lora)
     with pytest.raises(ValueError, match="PEFT saves the module 'down' whole, and 'down/bias' was not trained"):
-        jlora.peft.save(tmp_path / "a", lora, sites=SITES)
+        jlora.peft.save(tmp_path / "a", lora)
+    older = lora | {"down/kernel": jlora.FullWeight(lora["down/kernel"].value, lora["down/kernel"].base)}
+    with pytest.raises(ValueError, match=r"How the axes of 'down.weight' lie here, .*\n  Pass what tells: sites="):
+        jlora.peft.save(tmp_path / "a", older)
+    jlora.peft.save(tmp_path / "a", older, sites=SITES, params=PARAMS)
+    shutil.rmtree(tmp_path / "a")
     other = jlora.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="made for another base than sites"):
         jlora.peft.save(tmp_path / "a", lora, sites=other)
@@ -488,39 +535,317 @@ def test_layers_that_a_pattern_left_out_may_be_missing(tmp_path):
     assert not bool(jlora.peft.load(tmp_path / "a", sites, names=port.names)["layers/q"].delta()[1].any())
 
 
-def nested(params, x):
-    y = jnp.einsum("etd,edh->eth", jnp.broadcast_to(x, (3, *x.shape)), params["moe"]["w"]).sum(0)
-    return (
-        y @ params["moe"]["gate"]["kernel"]
-        + params["moe"]["bias"]
-        + params["proj"]["bias"] @ params["in_proj"]["kernel"]
-    )
+# --- Wrappers in wrappers ---
 
 
-NESTED = {
-    "moe": {"w": jnp.ones((3, 4, 4)), "gate": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)},
-    "proj": {"bias": jnp.ones(4)},
-    "in_proj": {"kernel": jnp.ones((4, 4))},
-}
+@pytest.fixture
+def wrapped(tmp_path):
+    """PEFT's adapter of experts, of what is beside them in their module, and of another layer; and what it is for."""
+    port, want = PORTS["nested"](), expected("nested")
+    sites, params = base_of("nested", port, want["x"])
+    shutil.copytree(FOLDER / "nested", tmp_path / "a")
+    return tmp_path / "a", lambda: jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+
+
+def renamed(folder, old, new):
+    """Renames the tensors whose key begins with ``old``."""
+    found = load_file(folder / "adapter_model.safetensors")
+    begun = {k: x for k, x in found.items() if k.startswith(f"base_model.model.{old}")}
+    assert begun
+    edit(folder, {}, dict.fromkeys(begun) | {k.replace(old, new, 1): x for k, x in begun.items()})
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("old", "new", "message"),
     [
         (
-            [jlora.LoRA(rank=2, targets=["moe/w", "moe/gate/kernel"])],
-            "Parameters of 'moe' are adapted, and so is 'moe.gate' inside",
+            "moe.base_layer.base_layer.gate.lora",
+            "moe.base_layer.gate.lora",
+            r"'base_model.model.moe.base_layer.gate.lora_A.weight' does not go through the wrappers .*\n"
+            r"  PEFT would name it 'base_model.model.moe.base_layer.base_layer.gate.lora_A.weight'",
         ),
-        ([jlora.LoRA(rank=2, targets="moe/w"), jlora.Full(targets="moe/bias")], "and so is 'moe.bias' inside"),
         (
-            [jlora.LoRA(rank=2, targets="in_proj/kernel"), jlora.Full(targets="moe/w")],
-            "modules_to_save='moe' for 'moe.gate.weight' too",
+            "moe.base_layer.base_layer.bias",
+            "moe.bias",
+            "would name it 'base_model.model.moe.base_layer.base_layer.bias'",
+        ),
+        (
+            "moe.base_layer.base_layer.tail",
+            "tail",
+            "2 tensors of the adapter are for nothing in the base: .*tail.0.bias",
+        ),
+        (
+            "head.base_layer.bias",
+            "head.base_layer.base_layer.bias",
+            "would name it 'base_model.model.head.base_layer.bias'",
+        ),
+        ("head.lora", "head.base_layer.lora", "'head' has factors inside 1 wrappers, of which only 0 have factors"),
+        (
+            "moe.lora",
+            "moe.base_layer.base_layer.base_layer.lora",
+            "'moe' has factors inside 3 wrappers, of which only 1",
+        ),
+        (
+            "moe.base_layer.lora",
+            "moe.base_layer.base_layer.lora",
+            "'moe' has factors inside 2 wrappers, of which only 1",
         ),
     ],
 )
-def test_what_peft_would_file_elsewhere_is_refused(rules, message, tmp_path):
-    sites = jlora.sites(nested, NESTED, jnp.ones((2, 4)))
-    lora = jlora.init(jax.random.key(0), NESTED, sites, rules)
+def test_keys_go_through_all_wrappers(wrapped, old, new, message):
+    folder, load = wrapped
+    assert {"moe/up", "moe/down", "moe/gate/kernel", "moe/bias", "moe/tail/0/kernel"} <= set(load())
+    renamed(folder, old, new)
     with pytest.raises(ValueError, match=message):
-        jlora.peft.save(tmp_path / "a", lora, sites=sites, params=NESTED)
+        load()
+
+
+def test_no_two_tensors_are_for_one_thing(wrapped):
+    folder, load = wrapped
+    edit(folder, {}, {"base_model.model.head.bias": np.ones(5, np.float32)})
+    with pytest.raises(ValueError, match=r"are for one: '.*head.base_layer.bias' and '.*head.bias'"):
+        load()
+    renamed(folder, "head.base_layer.bias", "head.bias")  # as before PEFT 0.7
+    assert "head/bias" in load()
+
+
+def test_parameters_that_the_configuration_lists_are_there(saved):
+    gone = {k: None for k in load_file(saved / "adapter_model.safetensors") if ".down." in k}
+    edit(saved, {"target_modules": ["up"], "target_parameters": ["down.weight"]}, gone)
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: down\.weight"):
+        jlora.peft.load(saved, SITES)
+
+
+def test_modules_of_the_base_may_be_named_as_wrappers_are(tmp_path):
+    names = {r"(up|down)/kernel": r"net.base_layer.\1.weight", "down/bias": "net.base_layer.down.bias"}
+    lora = fresh(jlora.Full(targets="down/bias"), jlora.LoRA(rank=2, targets=".*kernel"))
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert "base_model.model.net.base_layer.down.base_layer.bias" in keys
+    again = jlora.peft.load(tmp_path / "a", SITES, names=names, params=PARAMS)
+    np.testing.assert_allclose(again["up/kernel"].delta(), lora["up/kernel"].delta(), rtol=1e-6)
+    np.testing.assert_array_equal(again["down/bias"].value, lora["down/bias"].value)
+
+
+def moe(params, x):
+    p = params["moe"]
+    y = jnp.einsum("etd,edh->eth", jnp.broadcast_to(x, (3, *x.shape)), p["w"]).sum(0)
+    z = y @ p["gate"]["kernel"] + p["bias"]
+    return z @ p["kernel"] + params["proj"]["bias"] @ params["in_proj"]["kernel"] + params["table"][jnp.arange(2)]
+
+
+MOE = {
+    "moe": {
+        "w": jnp.ones((3, 4, 4)),
+        "gate": {"kernel": jnp.ones((4, 4))},
+        "bias": jnp.ones(4),
+        "kernel": jnp.ones((4, 4)),
+    },
+    "proj": {"bias": jnp.ones(4)},
+    "in_proj": {"kernel": jnp.ones((4, 4))},
+    "table": jnp.ones((5, 4)),
+}
+TOP = {"table": "table.weight"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "full", "names", "message"),
+    [
+        (
+            ["moe/w", "moe/gate/kernel"],
+            [],
+            {"moe/gate/kernel": Weight("moe.gate.weight", nesting=0)},
+            "PEFT cannot adapt parameters of 'moe' and of 'moe.gate' inside it: 'moe.w' and 'moe.gate.weight'",
+        ),
+        (["moe/w", "moe/kernel"], [], {}, "PEFT adapts either 'moe' or its parameters, and 'moe.w' is one"),
+        (["moe/w"], ["moe/gate/kernel"], {}, "PEFT refuses modules_to_save='moe.gate' where parameters of 'moe', .*\n.*moe.w"),
+        (["in_proj/kernel"], ["moe/w"], {}, "modules_to_save='moe' for 'moe.gate.weight' too"),
+        (
+            ["moe/w"],
+            [],
+            {"moe/w": "experts.w", "moe/kernel": "mlp.experts.w"},
+            "PEFT would take target_parameters='experts.w' for 'mlp.experts.w' too",
+        ),
+        (["in_proj/kernel"], [], {"in_proj/kernel": "in_proj_weight"}, "'in_proj/kernel' is a parameter of the model itself"),
+        (["table"], [], {"table": Weight("table.weight", nesting=0)}, "'table' is used as lookup.\n  Leave nesting out"),
+        (
+            ["moe/gate/kernel"],
+            [],
+            {"moe/gate/kernel": "attn.out_proj.weight", "in_proj/kernel": "attn.in_proj_weight"},
+            "No adapter of 'attn.out_proj' means the same to every PEFT",
+        ),
+        (
+            ["in_proj/kernel"],
+            [],
+            {"moe/gate/kernel": "attn.in_proj_weight", "in_proj/kernel": "attn.in_proj_weight"},
+            "'attn.in_proj_weight' is the name of 'in_proj/kernel' and 'moe/gate/kernel'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_peft_would_file_elsewhere_is_refused(lora, full, names, message, tmp_path):
+    sites = jlora.sites(moe, MOE, jnp.ones((2, 4)))
+    rules = [jlora.LoRA(rank=2, targets=lora), *([jlora.Full(targets=full)] if full else [])]
+    adapter = jlora.init(jax.random.key(0), MOE, sites, rules)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.save(tmp_path / "a", adapter, names=TOP | names, sites=sites, params=MOE)
     assert not (tmp_path / "a").exists()
+
+
+def test_nesting_says_that_a_matrix_is_adapted_itself(tmp_path):
+    sites = jlora.sites(moe, MOE, jnp.ones((2, 4)))
+    lora = jlora.init(jax.random.key(0), MOE, sites, jlora.LoRA(rank=2, targets=["moe/w", "moe/kernel"]))
+    lora = jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), lora)
+    names = TOP | {"moe/w": Weight("moe.w", "out_in", nesting=1), "moe/kernel": Weight("moe.weight", nesting=0)}
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["target_parameters"]) == ([], ["moe.w", "moe.weight"])
+    again = jlora.peft.load(tmp_path / "a", sites, names=names)
+    for path in lora:
+        np.testing.assert_allclose(again[path].delta(), lora[path].delta(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"factors for 2 of the parameters .*, and does not name them"):
+        jlora.peft.load(tmp_path / "a", sites, names=TOP | {"moe/kernel": "moe.weight"})
+
+
+# --- nn.MultiheadAttention ---
+
+
+def attention(tmp_path, config=None):
+    port, want = PORTS["attention"](), expected("attention")
+    sites, _ = base_of("attention", port, want["x"])
+    shutil.copytree(FOLDER / "attention", tmp_path / "a", dirs_exist_ok=True)
+    edit(tmp_path / "a", config)
+    return jlora.peft.load(tmp_path / "a", sites, names=port.names)
+
+
+def test_the_output_projection_counts_as_often_as_in_peft(tmp_path):
+    scale = 5 / 2
+    lora = attention(tmp_path)
+    assert (lora["attn/in_proj/kernel"].scale, lora["attn/out_proj/kernel"].scale) == (scale, 2 * scale)
+    lora = attention(tmp_path, {"peft_version": "0.21.2.dev0"})
+    assert lora["attn/out_proj/kernel"].scale == 2 * scale
+    with pytest.raises(
+        ValueError, match=r"up to 0.21.2 adds the update of 'attn.out_proj' .* twice; this file is of 0.21.3"
+    ):
+        attention(tmp_path, {"peft_version": "0.21.3"})
+
+
+def test_the_rank_of_the_output_projection_is_that_of_attention(tmp_path):
+    assert attention(tmp_path, {"alpha_pattern": {"attn": 3, "out_proj": 7}})["attn/out_proj/kernel"].scale == 3
+
+
+def test_an_output_projection_that_peft_never_calls_is_refused(tmp_path):
+    config = {"target_parameters": ["attn.in_proj_weight"], "target_modules": ["head", "out_proj"]}
+    with pytest.raises(ValueError, match=r"'attn.out_proj' has no effect in PEFT.*\n  The target was to be 'attn'"):
+        attention(tmp_path, config)
+    port, want = PORTS["attention"](), expected("attention")
+    sites, _ = base_of("attention", port, want["x"])
+    own = port.names | {"attn/in_proj/kernel": Weight("attn.in_proj_weight", nesting=0)}  # another module
+    assert jlora.peft.load(tmp_path / "a", sites, names=own)["attn/out_proj/kernel"].scale == 5 / 2
+    renamed(tmp_path / "a", "attn.base_layer.out_proj", "attn.out_proj")
+    gone = {f"base_model.model.attn.lora_{x}.weight": None for x in "AB"}
+    edit(tmp_path / "a", {"target_parameters": None}, gone)
+    with pytest.raises(ValueError, match=r"'attn.out_proj' has no effect in PEFT"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names)
+
+
+def test_attention_that_was_cut_is_refused(tmp_path):
+    port, want = PORTS["attention"](), expected("attention")
+    sites, _ = base_of("attention", port, want["x"])
+    shutil.copytree(FOLDER / "attention", tmp_path / "a")
+    edit(
+        tmp_path / "a", {}, {k: None for k in load_file(tmp_path / "a" / "adapter_model.safetensors") if ".attn." in k}
+    )
+    with pytest.raises(ValueError, match=r"lacks factors for 2 weights: attn.in_proj_weight, attn.out_proj.weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names)
+
+
+def test_attention_without_its_base(tmp_path):
+    lora, sites = jlora.peft.read(FOLDER / "attention")
+    assert {path: x.scale for path, x in lora.items()} == {
+        "attn.in_proj_weight": 2.5,
+        "attn.out_proj.weight": 5,
+        "head.weight": 2.5,
+    }
+    with pytest.raises(ValueError, match=r"No adapter of 'attn.out_proj' means the same to every PEFT"):
+        jlora.peft.save(tmp_path / "a", lora, names=lambda path: path, sites=sites)
+
+
+# --- The base's files ---
+
+
+def base_files(folder, tensors, shards=1):
+    """A base as Hugging Face has it."""
+    folder.mkdir()
+    parts = [dict(list(tensors.items())[i::shards]) for i in range(shards)]
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    files = {f"model-{i}.safetensors": part for i, part in enumerate(parts)}
+    for file, part in files.items():
+        save_file(part, folder / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+NAMED = {r"(up|down)/kernel": r"net.h.0.\1.weight", "down/bias": "net.h.0.down.bias"}
+BOTH = [jlora.LoRA(rank=2, targets=".*kernel"), jlora.Full(targets="down/bias")]
+
+
+@pytest.mark.parametrize("prefix", ["net.h.0.", "h.0.", "0.", "", "whole.net.h.0."])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_base_that_has_every_weight(prefix, shards, tmp_path):
+    tensors = {"up.weight": zeros(5, 3), "down.weight": zeros(7, 5), "down.bias": zeros(7), "other": zeros(1)}
+    folder = base_files(tmp_path / "base", {prefix + name: x for name, x in tensors.items()}, shards)
+    jlora.peft.save(tmp_path / "a", fresh(*BOTH), names=NAMED, base_folder=folder)
+    assert "base_model.model.net.h.0.up.lora_A.weight" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"net.h.0.up.weight": zeros(5, 3), "net.h.0.dwon.weight": zeros(7, 5), "net.h.0.down.bias": zeros(7)},
+            r"1 of the adapter's 3 weights do not fit the base at .*base:\n"
+            r"  net.h.0.down.weight is not there; nearest: net.h.0.dwon.weight",
+        ),
+        (
+            {"h.0.up.weight": zeros(5, 4), "h.0.down.weight": zeros(5, 7), "h.0.down.bias": zeros(6)},
+            r"2 of .* \(names were looked up without 'net.'\):\n  net.h.0.up.weight is \(5, 4\) there; the adapter is for "
+            r"\(5, 3\) or \(3, 5\)\n|net.h.0.down.bias is \(6,\) there; the adapter is for \(7,\)",
+        ),
+        (
+            {f"{side}.net.h.0.{name}": zeros(1) for side in ("a", "b") for name in ("up.weight", "down.weight", "down.bias")},
+            r"in 2 ways: with 'a.' before them, with 'b.' before them.\n  Give the weights their whole names",
+        ),
+        ({"h.0.up.weight": zeros(5, 3), "0.down.weight": zeros(7, 5)}, "2 of .* do not fit the base"),
+    ],
+)  # fmt: skip
+def test_a_base_that_lacks_a_weight(tensors, message, tmp_path):
+    folder = base_files(tmp_path / "base", tensors)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.save(tmp_path / "a", fresh(*BOTH), names=NAMED, base_folder=folder)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(FileNotFoundError, match="There are no weights at"):
+        jlora.peft.save(tmp_path / "a", fresh(*BOTH), names=NAMED, base_folder=tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted({*PORTS} - {"attention", "gpt2_bias", "llama_tokens"}))
+def test_the_bases_of_the_fixtures_have_what_is_saved_for_them(kind, tmp_path):
+    port, want = PORTS[kind](), expected(kind)
+    sites, params = base_of(kind, port, want["x"])
+    lora = jlora.peft.load(FOLDER / kind, sites, names=port.names, params=params)
+    options = {"names": port.names, "sites": sites, "params": params}
+    jlora.peft.save(tmp_path / "a", lora, base_folder=FOLDER / kind / "base.safetensors", **options)
+
+
+def test_a_layout_that_is_said_has_to_be_that_of_the_base(tmp_path):
+    folder = base_files(tmp_path / "base", {"up.weight": zeros(3, 5), "down.weight": zeros(5, 7)})
+    jlora.peft.save(tmp_path / "a", fresh(), base_folder=folder)  # Conv1D: an adapter for it is the same
+    names = {"(.*)/kernel": Weight(r"\1.weight", "out_in")}
+    with pytest.raises(ValueError, match=r"down.weight is \(5, 7\) there; the adapter is for \(7, 5\)\n"):
+        jlora.peft.save(tmp_path / "b", fresh(), names=names, base_folder=folder)

@@ -21,6 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # torch's and PEFT's own
 ]
 
+if not MISSING:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
 ATTENTION = "layers/[qkvo]"
 
 
@@ -61,6 +65,21 @@ CASES = {
     "vision, head": ("vision", [jlora.LoRA(rank=2), jlora.LoRA(rank=3, targets=["head/kernel"])]),
     "experts": [jlora.LoRA(rank=2, alpha=5, targets="experts/.*"), jlora.LoRA(rank=3, targets="head/kernel")],
     "experts alone": ("experts", [jlora.LoRA(rank=2, alpha=5, targets="experts/.*")]),
+    "nested": [
+        jlora.Full(targets=["moe/bias", "moe/gate/bias", "moe/tail/.*"]),
+        jlora.LoRA(rank=2, alpha=5, targets=["moe/up", "moe/down"]),
+        jlora.LoRA(rank=3, targets=["moe/gate/kernel", "head/kernel"]),
+    ],
+    "nested, one parameter": ("nested", [jlora.LoRA(rank=2, targets=["moe/down", "moe/gate/kernel"])]),
+    "nested, another parameter": (
+        "nested",
+        [jlora.Full(targets="moe/bias"), jlora.LoRA(rank=2, targets=["moe/up", "moe/tail/0/kernel"])],
+    ),
+    "attention": [
+        jlora.LoRA(rank=2, alpha=5, targets="attn/in_proj/kernel"),
+        jlora.Full(targets="attn/out_proj/bias"),
+        jlora.LoRA(rank=3, targets="head/kernel"),
+    ],
 }
 
 
@@ -97,8 +116,6 @@ def test_a_merged_export_is_the_model_of_transformers(tmp_path):
     config = torch_base("llama").config.to_dict()
     jlora.export.save(tmp_path / "m", params, lora, sites=sites, names=port.names, config=config, shard_bytes=4000)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    import torch
-
     with torch.no_grad():
         theirs = model(torch.as_tensor(np.array(x))).logits.numpy()
     np.testing.assert_allclose(theirs, port.fn(jlora.merge(params, lora), x), atol=1e-5)
@@ -106,7 +123,6 @@ def test_a_merged_export_is_the_model_of_transformers(tmp_path):
 
 def torch_base(kind):
     import make_peft_fixtures as make
-    import torch
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
@@ -122,8 +138,6 @@ def torch_base(kind):
 
 def in_peft(kind, x, folder):
     import make_peft_fixtures as make
-    import torch
-    from peft import PeftModel
 
     model = PeftModel.from_pretrained(torch_base(kind), folder).eval()
     unused = [n for n, p in model.named_parameters() if "lora_" in n and not bool(p.any())]
@@ -136,9 +150,6 @@ def in_peft(kind, x, folder):
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_square_experts_in_either_layout(layout, is_transposed, tmp_path):
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     class Experts(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -255,3 +266,77 @@ def test_a_checkpoint_of_transformers_with_buffers(tmp_path):
     with pytest.raises(TypeError, match=r"config=cfg.to_dict\(\)"):
         jlora.export.save(tmp_path / "n", params, sites=sites, names=port.names, config=model.config)
     jlora.export.save(tmp_path / "n", params, sites=sites, names=port.names, config=model.config.to_dict())
+
+
+class Router(torch.nn.Module if not MISSING else object):
+    """A matrix that is a parameter, beside experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 4))
+        self.w = torch.nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.einsum("td,ehd,te->th", x, self.w, x @ self.weight.T)
+
+
+class Routed(torch.nn.Module if not MISSING else object):
+    def __init__(self):
+        super().__init__()
+        self.moe = Router()
+
+    def forward(self, x):
+        return self.moe(x)
+
+
+@pytest.mark.parametrize("targets", [["moe.weight"], ["moe.weight", "moe.w"]])
+def test_matrices_that_are_adapted_themselves(targets, tmp_path):
+    torch.manual_seed(0)
+    base = Routed()
+    params = {
+        "w": jnp.asarray(base.moe.w.detach().numpy().swapaxes(1, 2)),
+        "weight": jnp.asarray(base.moe.weight.detach().numpy().T),
+    }
+    fn = lambda p, x: jnp.einsum(  # noqa: E731
+        "eth,te->th", jnp.einsum("etd,edh->eth", jnp.broadcast_to(x, (3, *x.shape)), p["w"]), x @ p["weight"]
+    )
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4)), jnp.float32)
+    sites = jlora.sites(fn, params, x)
+    names = {"weight": jlora.peft.Weight("moe.weight", nesting=0), "w": jlora.peft.Weight("moe.w", nesting=1)}
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets=[t.removeprefix("moe.") for t in targets])])
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, tmp_path / "a").eval()(torch.as_tensor(np.array(x))).numpy()
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x), rtol=1e-5, atol=1e-4)
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Routed(), LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "b")
+    again = jlora.peft.load(tmp_path / "b", sites, names=names)
+    with torch.no_grad():
+        theirs = model.eval()(torch.as_tensor(np.array(x))).numpy()
+    np.testing.assert_allclose(jlora.wrap(fn)(params, again, x), theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("error", "options"),
+    [
+        (AttributeError, {"target_parameters": ["moe.up", "gate.weight"]}),
+        (ValueError, {"target_parameters": ["moe.up"], "modules_to_save": ["gate"]}),
+        (TypeError, {"target_parameters": ["moe.up"], "modules_to_save": ["moe"]}),
+    ],
+)
+def test_peft_cannot_do_what_is_refused_here(error, options):
+    with pytest.raises(error, match=r"ParamWrapper"):
+        get_peft_model(torch_base("nested"), LoraConfig(r=2, target_modules=[], **options))
+
+
+def test_peft_never_calls_an_output_projection_that_is_the_target(tmp_path):
+    x = expected("attention")["x"]
+    config = LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False)
+    get_peft_model(torch_base("attention"), config).save_pretrained(tmp_path / "a")
+    np.testing.assert_allclose(in_peft("attention", x, tmp_path / "a"), expected("attention")["before"], atol=1e-6)
+    port = PORTS["attention"]()
+    with pytest.raises(ValueError, match=r"'attn.out_proj' has no effect in PEFT"):
+        jlora.peft.load(tmp_path / "a", base_of("attention", port, x)[0], names=port.names)

@@ -1,0 +1,98 @@
+"""``jlora convert``: adapters of jlora's own and of PEFT, each made of the other."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jlora import _cli_adapters as adapters
+from jlora import _cli_weights as models
+from jlora import _files, _paths, peft
+from jlora._cli_adapters import Opened, Writing
+from jlora._cli_base import open_base, values_of
+from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, command
+from jlora._cli_show import Refusal, Screen, dash, several, shape
+
+
+@command(
+    "jlora convert adapter peft-adapter --to peft --base-model meta-llama/Llama-3.2-1B",
+    "jlora convert peft-adapter adapter --to orbax --like another-adapter",
+    "jlora convert peft-adapter adapter --to orbax --base params --names names.json",
+)
+def convert(
+    adapter: Adapter,
+    out: Out,
+    to: Annotated[Literal["peft", "orbax"], typer.Option(help="peft, or orbax: jlora's own.", show_default=False)],
+    names: Annotated[
+        Path | None, typer.Option(help="JSON: path or pattern of paths -> name in PyTorch, or {name, layout, ...}.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="To peft: the name of the base, for who loads it.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="To peft: such as CAUSAL_LM.")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="An adapter of jlora's for the same base, which knows its axes.")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="The base, an orbax checkpoint of parameters.")] = None,
+    dtype: Dtype = None,
+    rank_pattern: Ranks = False,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Makes a PEFT adapter of jlora's own, or the other way; then --like or --base has to tell the axes of the base's weights.
+
+    To PEFT, --base is needed only where PEFT saves a module whole of which not all was trained.
+    """
+    screen, adapter = Screen(json), _files.folder(adapter)
+    if adapters.format_of(adapter) == to:
+        raise Refusal(f"{adapter} is {to} already.")
+    inputs = [adapter, *(p for p in (like, base) if p is not None)]
+    out = adapters.free(out, to, force, inputs)
+    table = adapters.names_of(names)
+    written: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
+    written |= {"base_model": base_model, "task_type": task_type}
+    if to == "peft":
+        made = _to_peft(adapter, out, names=table, like=like, base=base, **written)
+    else:
+        if base_model is not None or task_type is not None or rank_pattern:
+            raise Refusal("--base-model, --task-type and --rank-pattern are for --to peft.")
+        made = _to_own(adapter, table, like, base)
+        adapters.write(out, made, Writing(force, dtype))
+    rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
+    screen.table(("weight", "shape", "rank"), rows, right=(2,))
+    screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
+    sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
+    screen.document({"out": str(out), "format": to, "sites": sites})
+
+
+def _to_peft(adapter: Path, out: Path, *, like: Path | None, base: Path | None, **options: Any) -> Opened:
+    found = adapters.open_adapter(adapter)
+    for option, name in (("base_model", "base_model_name_or_path"), ("task_type", "task_type")):
+        options[option] = options[option] or found.about.get(name)
+    params = None if base is None else values_of(open_base(base, "orbax"), [found])
+    sites = None if params is None else peft._by_name(*_paths.flatten(params)[:2])
+    sites = sites if like is None else adapters.sites_like(_files.folder(like))
+    peft.save(out, found.lora, sites=sites, params=params, **options)
+    return adapters.open_adapter(out)
+
+
+def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> Opened:
+    if like is None and base is None:
+        raise Refusal(
+            "A PEFT adapter does not tell how the base's weights lie in JAX.\n"
+            "  --like ADAPTER: one of jlora's adapters for the same base, which knows;\n"
+            "  --base CHECKPOINT: an orbax checkpoint of Flax parameters, where a matrix named kernel is (in, out).\n"
+            "  Otherwise in Python: jlora.peft.load(folder, jlora.sites(fn, params, x), names=...), and jlora.save."
+        )
+    values = None
+    if base is not None:
+        base = _files.folder(base)
+        if models.kind_of(base) != "checkpoint":
+            raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
+        values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
+    shapes_only = values is not None and not adapters.needs_values(adapter)
+    target = adapters.sites_like(_files.folder(like)) if like is not None else values
+    params = None if like is None and shapes_only else values
+    lora = peft.load(adapter, target, names=names, params=params)
+    config = _files.read_json(adapter / "adapter_config.json")
+    about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
+    return Opened(adapter, "orbax", lora, about, "")

@@ -381,7 +381,7 @@ def claims(results: dict[str, Any]) -> list[suite.Claim]:
         hand, ours = (inside["ways"][kind + label]["temporaries"] for kind in (HAND, LORA))
         found.append(
             suite.Claim(
-                f"LoRA{label}: the temporaries of a step are to 1 % those of LoRA by hand, and beside them at most a copy of the factors B, scaled.",
+                f"LoRA{label}: a step's temporaries are to 1 % those of LoRA by hand, and at most a copy of the factors B, scaled.",
                 ours <= 1.01 * hand + scaled,
                 f"{ours / hand:.4f} times; {ours - hand:+,} bytes, of which the copy may be {scaled:,}",
             )

@@ -63,8 +63,8 @@ def readme(path: Path, results: dict[str, Any]) -> str:
     return (
         f"{measure.markdown(header, rows)}\n\n"
         f"One training step (forward, backward, Adam; fp32; rank {results['rank']}), time relative to full fine-tuning in the same run; "
-        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing} Measured {machine(results)}; `python -m "
-        f"benchmarks --only step` reproduces it ([samples]({path.relative_to(ROOT)})). [All benchmarks](docs/benchmarks.md).\n"
+        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing} Measured {machine(results)}; "
+        f"`python -m benchmarks --only step` reproduces it ([samples]({path.relative_to(ROOT)})). [All benchmarks](docs/benchmarks.md).\n"
     )
 
 
@@ -81,8 +81,9 @@ def within(text: str, marks: tuple[str, str], content: str) -> str:
 INTRODUCTION = """# Benchmarks
 
 Every figure is from one run of one script in [`benchmarks/`](../benchmarks), with its raw samples in
-[`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures all, `--quick` checks in two minutes what README and these pages claim in counts, and `python -m benchmarks.report` writes this page.
-What a full run compares with: `pip install -r benchmarks/requirements.txt`.
+[`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures
+all, `--quick` checks in two minutes what README and these pages claim in counts, and `python -m benchmarks.report` writes this page. What a
+full run compares with: `pip install -r benchmarks/requirements.txt`.
 """
 
 
@@ -101,12 +102,8 @@ def page() -> str:
             note = f"\n\n{table.note}" if table.note else ""
             parts.append(f"**{table.title}**\n\n{measure.markdown(table.header, table.rows)}{note}\n")
         gone = [f"Missing: {name} ({why})." for name, why in results.get("missing", {}).items()]
-        parts.append(
-            "\n".join(
-                [*gone, f"`python -m benchmarks.{name}`, {machine(results)} ([samples](../{path.relative_to(ROOT)}))."]
-            )
-            + "\n"
-        )
+        source = f"`python -m benchmarks.{name}`, {machine(results)} ([samples](../{path.relative_to(ROOT)}))."
+        parts.append("\n".join([*gone, source]) + "\n")
     return "\n".join(parts)
 
 

@@ -10,8 +10,7 @@ A gradient step of the transformer of ``step.py``, its adapted layers written ou
 * one pass: a backward written out, which reads ``x`` and ``dy`` once for each product (``jax.custom_vjp``);
 * formed: ``x·(W + s·A·B)`` forward and for ``dx``, the sum made anew in the backward, and no gradient of ``W`` ever.
 
-What rounding does to ``formed`` where the base is bf16 is the error of one product, relative to the same in fp32, next to that
-of the factored.
+Then what rounding does where the base is bf16, and single products.
 """
 
 import statistics
@@ -175,21 +174,20 @@ def products(quick: bool) -> dict[str, dict[str, list[float]]]:
 
 
 def rounding() -> dict[str, float]:
-    """Error of one adapted product in bf16 against fp32, relative to what the adapter adds, for an update of 1 % of the weight."""
+    """Error of one adapted product in bf16, relative to what the adapter adds, for an update of 1 % of the weight."""
     keys = jax.random.split(jax.random.key(0), 4)
-    x, w, a, b = (
-        jax.random.normal(k, n) for k, n in zip(keys, ((256, 512), (512, 512), (512, 8), (8, 512)), strict=True)
-    )
+    shapes = ((256, 512), (512, 512), (512, 8), (8, 512))
+    x, w, a, b = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     b = b * 0.01 * jnp.linalg.norm(w) / jnp.linalg.norm(SCALE * a @ b)
-    half = [z.astype(jnp.bfloat16) for z in (x, w)]
-    exact = [z.astype(jnp.float32) for z in half]
-    base, true = exact[0] @ exact[1], by_hand(*exact, a, b)
-    made = exact[1] + SCALE * a @ b
-    sums = {
-        "factored": base + (exact[0] @ a) @ (SCALE * b),
-        "formed": exact[0] @ made.astype(jnp.bfloat16).astype(jnp.float32),
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    wide = x.astype(jnp.float32), w.astype(jnp.float32)
+    base, true = wide[0] @ wide[1], by_hand(*wide, a, b)
+    half = a.astype(x.dtype), b.astype(x.dtype)
+    found = {"base alone": x @ w + true - base, "factored": by_hand(x, w, *half), "formed": formed(x, w, a, b)}
+    return {
+        name: float(jnp.linalg.norm(y.astype(jnp.float32) - true) / jnp.linalg.norm(true - base))
+        for name, y in found.items()
     }
-    return {name: float(jnp.linalg.norm(y - true) / jnp.linalg.norm(true - base)) for name, y in sums.items()}
 
 
 def tables(results: dict[str, Any]) -> list[suite.Table]:
@@ -207,8 +205,8 @@ def tables(results: dict[str, Any]) -> list[suite.Table]:
                 f"{memory:.0f}",
             ]
         )
-    lost = ", ".join(f"{name} {error:.1%}" for name, error in results["rounding"].items())
-    note = f"rounding of an update of 1 % of a weight in bf16: {lost} of it lost in the product's weights"
+    errors = ", ".join(f"{name} {error:.0%}" for name, error in results["rounding"].items())
+    note = f"error of a product in bf16, relative to an update of 1 % of the weight: {errors}"
     header = ["", "gradient, ms", "/ floor (quartiles)", "flops / floor", "memory, MiB"]
     single = [
         [title, *(f"{1e3 * statistics.median(r[way]):.3f}" for way in "01"), f"{suite.ratios(r['0'], r['1'])[1]:.2f}"]
@@ -222,16 +220,9 @@ def tables(results: dict[str, Any]) -> list[suite.Table]:
 
 def claims(results: dict[str, Any]) -> list[suite.Claim]:
     """What docs/decisions/0007 says, in counts."""
-    r, error = results["variants"], results["rounding"]
+    r = results["variants"]
     flops = r["jlora"]["flops"] / r["by hand, 2-D"]["flops"]
-    return [
-        suite.Claim("jlora: no more flops than the factored product by hand", flops <= 1.01, f"{flops:.3f}"),
-        suite.Claim(
-            "formed in bf16 loses of the update what the factored product keeps",
-            error["formed"] > 10 * error["factored"],
-            f"{error['formed']:.1%}",
-        ),
-    ]
+    return [suite.Claim("jlora: no more flops than the factored product by hand", flops <= 1.01, f"{flops:.3f}")]
 
 
 if __name__ == "__main__":

@@ -201,28 +201,14 @@ class LowRank(Adapter):
         return {"a": (*self.batch, *self.inputs, None), "b": (*self.batch, None, *self.outputs)}
 
     def enter(self, w: jax.Array, branch: Branch, key: jax.Array | None) -> Factored:
-        """The leaf ``w`` with this update, factored, and the scale in one of the factors.
-
-        A matrix has it in ``a``, laid out as ``b`` is, with the rank before the other axes: the gradient is then a thin product whose
-        result has the layout of its operand, which XLA:CPU computes several times faster than its transpose, and the scale keeps XLA
-        from turning it round again. A table, of which few rows are read, has it in ``b``, the smaller array.
-        """
-        n = len(self.batch)
-        a, b, rows = self.a, self.b, (*self.batch, *self.inputs, RANK)
-        if self.use == "linear":
-            a, rows = self._scaled(jnp.moveaxis(a, -1, n)), (*self.batch, RANK, *self.inputs)
-        else:
-            b = self._scaled(b)
-        parts, labels = [a, b], [rows, (*self.batch, RANK, *self.outputs)]
+        """The leaf ``w`` with this update, factored."""
+        parts, labels = [self.a, self.b], [(*self.batch, *self.inputs, RANK), (*self.batch, RANK, *self.outputs)]
         if key is not None and self.dropout > 0:
             sizes = self.a.shape[: len(self.batch)]
             parts.append(jax.random.split(key, sizes) if sizes else key)
             labels.append(self.batch)
-        whole = Factored(w, tuple(parts), tuple(labels), branch)
+        whole = Factored(w, tuple(parts), tuple(labels), branch, scale=float(self.scale))
         return whole.map_parts(w, lambda part, ls: (part, ls))
-
-    def _scaled(self, factor: jax.Array) -> jax.Array:
-        return factor if self.scale == 1.0 else factor * jnp.asarray(self.scale, factor.dtype)
 
     def delta(self, w: jax.Array | None = None) -> jax.Array:
         """``scale * a @ b`` in the leaf's shape and the factors' dtype."""

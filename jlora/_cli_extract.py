@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _paths, _svd
+from jlora import _extract, _files, _paths, _svd
 from jlora._adapters import Adapter, Fingerprint, fingerprint
 from jlora._cli_adapters import Refusal, sites_like
 from jlora._cli_weights import Layout, Weights, compiled, load_checkpoint
@@ -171,7 +171,7 @@ def pairs_of_safetensors(
                 raise Refusal(f"'{_files.shown(name)}' holds {base[name].dtype} and differs: no adapter can have it.")
             continue
         read = _reader(base, name), _reader(tuned, name)
-        if not _svd.differ(read[0](), read[1]()):
+        if not _extract.differ(read[0](), read[1]()):
             found.append(Pair(name, _whole(name, shape, "it did not change"), *read, False))
         elif len(shape) == 2 and name.endswith(".weight"):
             found.append(_matrix(name, shape, read, layout, tables, tied))
@@ -263,7 +263,7 @@ def _leaves(
             site = replace(site, reason="its axes are not known: only of a matrix named kernel, or with --like ADAPTER")
         elif site.reason:
             site = replace(site, kind="dense", reason=f"{x.shape} is no matrix" if x.ndim < 2 else site.reason)
-        yield Pair(path, site, partial(np.asarray, x), partial(np.asarray, y), _svd.differ(x, y))
+        yield Pair(path, site, partial(np.asarray, x), partial(np.asarray, y), _extract.differ(x, y))
 
 
 def check_same(one: set[str], two: set[str]) -> None:

@@ -47,6 +47,7 @@ class Factored:
         labels: For each part, the label of each of its axes.
         branch: Static facts of the adapted leaf.
         picked: Which factor, 0 or 1, rows were picked of by an index: if nothing multiplies the value, they are rows of a table.
+        scale: Of the update; it goes into a factor where a product needs it, so that of stacked layers only one slice is scaled at a time.
     """
 
     w: jax.Array
@@ -54,9 +55,10 @@ class Factored:
     labels: tuple[Labels, ...]
     branch: Branch
     picked: int | None = None
+    scale: float = 1.0
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.w, self.parts), (self.labels, self.branch, self.picked)
+        return (self.w, self.parts), (self.labels, self.branch, self.picked, self.scale)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> "Factored":
@@ -114,10 +116,19 @@ class Factored:
 
         Made in the dtype the model computes in; dropout of the adapter branch acts on the factor that was picked.
         """
-        (p, pl), (q, ql) = ((self.parts[i].astype(self.w.dtype), self.labels[i]) for i in (picked, 1 - picked))
+        parts = self.scaled().parts
+        (p, pl), (q, ql) = ((parts[i].astype(self.w.dtype), self.labels[i]) for i in (picked, 1 - picked))
         out = tuple(range(len(self.shape)))
         t, labels = contract((self.dropout(p, use), pl), (q, ql), set(out), out, None, self.w.dtype, None)
         return self.w + arrange(t, labels, out, self.shape)
+
+    def scaled(self) -> "Factored":
+        """The same value with its scale in the second factor."""
+        parts = (self.parts[0], self._times_scale(self.parts[1]), *self.parts[2:])
+        return replace(self, parts=parts, scale=1.0)
+
+    def _times_scale(self, part: jax.Array) -> jax.Array:
+        return part if self.scale == 1.0 else part * jnp.asarray(self.scale, part.dtype)
 
     def unstack(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], "Factored"]]:
         """The arrays to scan over for a scan along axis 0, and the function that makes the value inside from one slice of each."""
@@ -175,6 +186,8 @@ class Factored:
             ]
             i = size.index(max(size))
             part, part_labels = todo.pop(i)
+            if todo:
+                part, part_labels = self._first(part, part_labels, keep[i])
             order = out if not todo else None
             # What the model sums in a wider dtype, the thin product in between is kept in too.
             between = _jax.promote(compute, dtype) if todo else dtype
@@ -182,6 +195,16 @@ class Factored:
                 (t, labels), (part.astype(t.dtype), part_labels), keep[i], order, precision, between, specs
             )
         return arrange(t, labels, out, shape)
+
+    def _first(self, part: jax.Array, labels: Labels, keep: set[int]) -> tuple[jax.Array, Labels]:
+        """The factor that meets the activations, with the scale, and the rank before the axes that are summed over.
+
+        So its gradient is a thin product whose result lies as its operand does. XLA:CPU takes several times as long for the transpose of
+        it, and the scale in between keeps it from turning the product round again.
+        """
+        first = [d for d in labels if d in keep and d != RANK]
+        order = (*first, RANK, *(d for d in labels if d not in keep))
+        return self._times_scale(_transpose(part, [labels.index(d) for d in order])), order
 
     def dropout(self, x: jax.Array, use: int) -> jax.Array:
         """``x`` with dropout of the adapter branch, if it has a key; a new mask for each ``use``."""
@@ -197,7 +220,7 @@ class Factored:
 
     def update(self, dtype: Any = None) -> jax.Array:
         """The update ``Σ_rank a·b`` as one dense array of the value's shape."""
-        (a, b), (la, lb) = self.parts[:2], self.labels[:2]
+        (a, b), (la, lb) = self.scaled().parts[:2], self.labels[:2]
         dense = tuple(range(len(self.shape)))
         specs = mesh_axes((a, la), (b, lb))
         dtype = dtype or _jax.promote(a.dtype, b.dtype)

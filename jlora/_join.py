@@ -26,6 +26,7 @@ NOWHERE: Padding = (0, 0, 0)
 
 def padded(f: Factored, w: jax.Array, config: Sequence[Padding]) -> Factored:
     """The value whose base is ``w``: ``f`` with zeros around it, ``config`` for each axis as ``lax.pad`` takes it."""
+    f = f.scaled()
     parts, labels = list(f.parts[:2]), list(f.labels[:2])
     for d, padding in enumerate(config):
         if padding != NOWHERE and d not in labels[0] and d not in labels[1]:
@@ -44,6 +45,7 @@ def total(w: jax.Array, terms: Sequence[Factored]) -> Factored | None:
     """
     if len(terms) == 1:
         return replace(terms[0], w=w)
+    terms = [f.scaled() for f in terms]
     sides = [_aligned(f, terms[0]) for f in terms]
     wanted = [frozenset().union(*(_axes(side[i][1]) for side in sides)) for i in (0, 1)]
     whole = {d for d, n in enumerate(w.shape) if n > 1}
@@ -62,6 +64,7 @@ def total(w: jax.Array, terms: Sequence[Factored]) -> Factored | None:
 
 def concatenated(w: jax.Array, pieces: Sequence[Any], axis: int) -> Factored | None:
     """The value whose base is ``w``, the concatenation of ``pieces`` along ``axis``; some of them may be plain arrays."""
+    pieces = [piece.scaled() if isinstance(piece, Factored) else piece for piece in pieces]
     terms = [piece for piece in pieces if isinstance(piece, Factored)]
     if len(terms) == len(pieces) and _alike(terms, axis):
         orders = [(axis, *(d for d in labels if d != axis)) for labels in terms[0].labels[:2]]

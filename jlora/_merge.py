@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _jax, _paths
-from jlora._adapters import Adapter
+from jlora._adapters import Adapter, FullWeight
 from jlora._wrap import check_base, check_lora
 
 
@@ -69,6 +69,12 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
     """
     check_lora(lora)
     if params is None:
+        outright = [path for path, adapter in lora.items() if isinstance(adapter, FullWeight)]
+        if outright:
+            raise ValueError(
+                f"'{outright[0]}' is trained outright: its update is its value less the base's.\n"
+                "  Pass the base: delta(lora, params)."
+            )
         return {path: adapter.delta(None) for path, adapter in lora.items()}
     paths, leaves, _ = _paths.flatten(params)
     check_base(lora, paths, leaves)

@@ -17,6 +17,7 @@ GAP = 0.5  # columns between the one without a layer and the first with
 NUMBER = re.compile(r"(?:(.+)[_-]|(.*(?:layer|block)s?))?(\d+)", re.IGNORECASE)
 LAYER = re.compile(r"(?!.*norm).*(layer|block).*|h", re.IGNORECASE)
 EXPERT = re.compile(r".*expert.*", re.IGNORECASE)
+PARAMETER = re.compile(r"kernel|weight|embedding|scale|bias|[wb]", re.IGNORECASE)  # tells nothing without its module
 
 
 class _Path(NamedTuple):
@@ -156,12 +157,11 @@ def _cells(leaves: Mapping[str, _Leaf]) -> tuple[dict[str, _Cells], bool]:
     for leaf in leaves.values():
         alike[leaf.template].append(leaf)
     at = {template: same[0].path.first(LAYER) for template, same in alike.items()}
-    # The one batch axis of experts is no stack of layers.
-    stacked = {
-        template
-        for template, same in alike.items()
-        if at[template] is None and len(same[0].sizes) > bool(EXPERT.search(template))
-    }
+    batched = {template: same[0] for template, same in alike.items() if at[template] is None and same[0].sizes}
+    # The one batch axis of experts is no stack of layers, unless they are part of one.
+    stacked = {template for template, leaf in batched.items() if len(leaf.sizes) > bool(EXPERT.search(template))}
+    stacks = [batched[template] for template in stacked]
+    stacked |= {name for name in batched.keys() - stacked if any(_is_part(batched[name], stack) for stack in stacks)}
     if not stacked:  # beside a stack of layers, a number that differs tells weights of one layer apart
         at = {template: _differs(alike[template]) if i is None else i for template, i in at.items()}
     cells = {}
@@ -181,6 +181,13 @@ def _cells(leaves: Mapping[str, _Leaf]) -> tuple[dict[str, _Cells], bool]:
     return cells, bool(stacked)
 
 
+def _is_part(experts: _Leaf, stack: _Leaf) -> bool:
+    """Whether experts are in the same stack of layers as another leaf: what holds them holds that, too, in as many slices."""
+    parts = experts.path.parts
+    home = parts[: next(i for i, part in enumerate(parts) if EXPERT.fullmatch(part))]
+    return bool(home) and stack.path.parts[: len(home)] == home and stack.sizes[0] == experts.sizes[0]
+
+
 def _differs(leaves: Sequence[_Leaf]) -> int | None:
     """The first number in which leaves differ that differ by numbers only."""
     columns = zip(*(leaf.path.values for leaf in leaves), strict=True)
@@ -196,7 +203,7 @@ def _short(kinds: Sequence[str], single: Mapping[str, bool]) -> list[str]:
         if len({tuple(parts) for parts in bare}) == len(split):
             split = bare
         common = set.intersection(*map(set, split)) if len(split) > 1 else set(split[0][:-2]) if split else set()
-        bare = [[part for part in parts if part not in common] or parts[-1:] for parts in split]
+        bare = [_without(parts, common) for parts in split]
         if len({tuple(parts) for parts in bare}) == len(split):
             split = bare
         names |= {kind: "/".join(parts) for kind, parts in zip(group, split, strict=True)}
@@ -205,12 +212,21 @@ def _short(kinds: Sequence[str], single: Mapping[str, bool]) -> list[str]:
     return all_cut([names[kind] for kind in kinds], LONG)
 
 
+def _without(parts: Sequence[str], common: set[str]) -> list[str]:
+    """The parts that are not in common. Where only names of parameters are left, ``kernel``, they keep the module that has them."""
+    kept = [i for i, part in enumerate(parts) if part not in common] or [len(parts) - 1]
+    if all(PARAMETER.fullmatch(parts[i]) for i in kept):
+        kept = [*[i for i in range(kept[0]) if not PARAMETER.fullmatch(parts[i])][-1:], *kept]
+    return [parts[i] for i in kept]
+
+
 def _uncounted(parts: Sequence[str]) -> list[str]:
-    """The parts of a kind without those that only hold a number, ``layers`` and ``*`` or ``blocks_*``; experts keep their name."""
+    """The parts of a kind without those that only count layers, ``layers`` and ``*`` or ``blocks_*``; others keep their name."""
     out = []
     for part, after in zip(parts, [*parts[1:], ""], strict=True):
         name = part.rstrip("*").rstrip("_-")
-        if name and (("*" not in part and after != "*") or EXPERT.fullmatch(name)):
+        counts = "*" in part or after == "*"
+        if name and not (counts and LAYER.fullmatch(name) and not EXPERT.fullmatch(name)):
             out.append(name)
     return out
 

@@ -54,6 +54,7 @@ def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int)
         *(d for d in x_labels if d < RANK),
         *(d for d in range(len(f.shape)) if d not in (*met.values(), group)),
     )
+    f = f.scaled()
     first = 0 if set(used.summed) & set(f.labels[0]) else 1
     compute = _jax.promote(x.dtype, f.w.dtype)
     t, labels = f.dropout(x, use).astype(compute), x_labels
@@ -108,6 +109,7 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
     ways = [set(f.labels[i]) & set(spatial) for i in (first, 1 - first)]
     if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
         raise Dense
+    f = f.scaled()
     compute = _jax.promote(x.dtype, f.w.dtype)
     # An axis that neither factor has, for the update is constant along it, is one of the kernel all the same.
     constant = set(range(len(f.shape))).difference(*f.labels[:2])

@@ -154,9 +154,14 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
     else:
         found = [site for path, site in everything.items() if target == path or re.fullmatch(target, path)]
         if not found:
-            raise ValueError(f"No parameter matches target {target!r}.\n  {_advice(target, list(everything))}")
-    for site in found:
-        _check_usable(rule, site)
+            useless = [path for path, site in everything.items() if _objection(rule, site)]
+            usable = [path for path in everything if path not in set(useless)]
+            raise ValueError(f"No parameter matches target {target!r}.\n  {_advice(target, usable, useless)}")
+    objections = [objection for site in found if (objection := _objection(rule, site))]
+    if objections:
+        others = [site.path for site in found if not _objection(rule, site)]
+        hint = f"\n  Of its other matches it can take {_paths.listing(others, 4)}." if others else ""
+        raise ValueError(objections[0] + hint)
     return found
 
 
@@ -171,30 +176,32 @@ def _left_out(sites: Sites) -> str:
     return "".join(f"\n  {hint}" for hint in hints or ["print(sites) shows how each leaf is used."])
 
 
-def _advice(target: str, paths: list[str]) -> str:
+def _advice(target: str, usable: list[str], useless: list[str]) -> str:
+    """What a target that matches nothing may have meant, of the leaves that its rule can use, before those that it cannot."""
     if target.replace("_", "-").lower() == ALL_LINEAR:
         return f"Did you mean {ALL_LINEAR!r}?"
-    partly = [path for path in paths if re.search(target, path)]
-    if partly:
-        return f"A target must match the whole path: '.*{target}.*' would match {_paths.listing(partly, 4)}."
-    near = ", ".join(_paths.nearest(target, paths))
+    partly, also = ([path for path in paths if re.search(target, path)] for paths in (usable, useless))
+    if partly or also:
+        rest = f"{_paths.listing(also, 4)}, which the rule cannot train" if also else ""
+        found = ", and ".join([_paths.listing(partly, 4)] * bool(partly) + [rest] * bool(rest))
+        return f"A target must match the whole path: '.*{target}.*' would match {found}."
+    near = ", ".join(_paths.nearest(target, usable or useless))
     return f"nearest: {near}\n  A target must match the whole path; '.*' stands for any beginning or end."
 
 
-def _check_usable(rule: Rule, site: Site) -> None:
+def _objection(rule: Rule, site: Site) -> str | None:
+    """Why a rule cannot train a leaf, and what to do."""
     if site.kind == "unused" or not jnp.issubdtype(site.dtype, jnp.inexact):
-        raise ValueError(
-            f"Training '{site.path}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}."
-        )
+        return f"Training '{site.path}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}."
     if isinstance(rule, LoRA) and site.reason and (not rule.allow_dense or len(site.shape) < 2):
         way_out = (
             "train it outright with a Full rule"
             if len(site.shape) < 2
             else "train it with a Full rule, or accept a full-size gradient with LoRA(allow_dense=True) and wrap(fn, dense='allow')"
         )
-        raise ValueError(
-            f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  Leave it out of the targets of {_name(rule)}, or {way_out}."
-        )
+        advice = f"Leave it out of the targets of {_name(rule)}, or {way_out}."
+        return f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  {advice}"
+    return None
 
 
 def _targets(targets: Any, rule: str) -> Any:

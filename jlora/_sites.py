@@ -13,7 +13,7 @@ from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
 from jlora._discover import NONE, Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
-from jlora._trace import check_function, trace_call
+from jlora._trace import check_function, shapes_of, trace_call
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> 
         'dense'
     """
     check_function(fn, "sites(fn, params, *args)")
-    call = trace_call(fn, _paths.flatten(params), args, kwargs)
+    call = trace_call(fn, _paths.flatten(params), args, shapes_of(fn) | kwargs)
     finder = Finder(call.data)
     leaves = [leaf(path, x) for path, x in zip(call.paths, call.leaves, strict=True)]
     outs = finder.run(call.program, [*leaves, *(Value() for _ in call.arrays)])

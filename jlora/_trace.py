@@ -43,6 +43,11 @@ def check_function(fn: Any, call: str) -> None:
     raise TypeError(f"The function comes first: {call}.\n  got: {type(fn).__name__} as fn\n  {hint}")
 
 
+def shapes_of(fn: Any) -> dict[str, Any]:
+    """Arguments by keyword of which a function has shapes but no values, for a call that computes nothing; most have none."""
+    return dict(getattr(fn, "__jlora_shapes__", {}))
+
+
 def is_array(x: Any) -> bool:
     """Whether an argument is traced. Python numbers, flags, strings and functions are not: they stay as they are."""
     if isinstance(x, np.ndarray | np.generic):

@@ -99,8 +99,8 @@ def _takes(fn: Callable[..., Any], name: str) -> bool:
         return False
 
 
-def check_lora(lora: Any, params: Any = None) -> None:
-    """Raises unless ``lora`` is a non-empty dict from path to adapter; looks whether ``params`` is one instead."""
+def check_lora(lora: Any, params: Any = None, *, name: str = "lora") -> None:
+    """Raises unless the argument ``name`` is a non-empty dict from path to adapter; looks whether ``params`` is one instead."""
     if isinstance(lora, Mapping) and lora and all(isinstance(x, Adapter) for x in lora.values()):
         return
     swapped = isinstance(params, Mapping) and params and all(isinstance(x, Adapter) for x in params.values())
@@ -113,7 +113,7 @@ def check_lora(lora: Any, params: Any = None) -> None:
             "The adapter is empty: it would have no effect.\n  Call the function itself, or make an adapter with jlora.init."
         )
     raise TypeError(
-        f"lora must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}"
+        f"{name} must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}"
     )
 
 

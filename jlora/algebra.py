@@ -6,30 +6,21 @@ expert), in fp32 or wider, and gives the factors' dtypes back. An update is neve
 choose a shape runs under ``jax.jit``.
 """
 
-import numbers
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora import _paths, _svd
-from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
-from jlora._advice import Advised
-from jlora._init import as_key, fold_path
+from jlora import _combine, _compare, _extract, _paths, _resize, _svd
+from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._algebra_checks import METHODS as METHODS
+from jlora._algebra_checks import check, check_method, check_share, several, values_of
+from jlora._compare import Comparison as Comparison
 from jlora._rules import Rule, assign
 from jlora._sites import Sites
-from jlora._svd import Comparison as Comparison
-from jlora._wrap import check_base, check_lora
 
 Lora = Mapping[str, Adapter]
-
-METHODS = {"concat": (), "svd": ("rank",), "ties": ("rank", "density"), "dare": ("rank", "density", "key")}
-"""The methods of ``combine``, and the arguments that only some of them have."""
 
 
 def extract(
@@ -84,9 +75,9 @@ def extract(
         raise TypeError(
             f"extract takes (params, tuned, sites, rules), sites from jlora.sites.\n  got: {type(sites).__name__} as sites"
         )
-    pairs = _pairs(params, tuned, sites)
+    pairs = _extract.pairs(params, tuned, sites)
     chosen = assign(rules, sites)
-    changed = {path for path, (w, v) in pairs.items() if _svd.differ(w, v)}
+    changed = {path for path, (w, v) in pairs.items() if _extract.differ(w, v)}
     uncovered = [path for path in pairs if path in changed and path not in chosen]
     if uncovered and rest == "error":
         raise ValueError(
@@ -98,7 +89,7 @@ def extract(
         raise ValueError(f"The two checkpoints are the same {where}.\n  The adapter would have no effect.")
     lora, kept = {}, {}
     for path, (rule, site) in chosen.items():
-        lora[path], kept[path] = _svd.extract(*pairs[path], rule, site, sites.base)
+        lora[path], kept[path] = _extract.extract(*pairs[path], rule, site, sites.base)
     return (lora, kept) if report else lora
 
 
@@ -135,20 +126,20 @@ def resize(
         >>> smaller["w"].a.shape, smaller["w"].b.shape
         ((5, 2), (2, 7))
     """
-    _check(lora)
+    check(lora)
     low = {path: x for path, x in lora.items() if isinstance(x, LowRank)}
     if not low:
         raise ValueError("Every leaf of the adapter is trained outright: resize would have no effect.")
     if (rank is None) == (energy is None):
         raise ValueError(f"resize takes either rank or energy.\n  got: rank={rank!r}, energy={energy!r}")
     if energy is not None:
-        _check_share("energy", energy)
-        ranks = {path: _svd.rank_of(path, x, energy) for path, x in low.items()}
+        check_share("energy", energy)
+        ranks = {path: _resize.rank_of(path, x, energy) for path, x in low.items()}
     else:
-        ranks = _ranks(low, rank)
+        ranks = _resize.ranks_of(low, rank)
     out, kept = dict(lora), {path: jnp.float32(1.0) for path in lora}
     for path, new in ranks.items():
-        out[path], kept[path] = _svd.resize(path, low[path], new)
+        out[path], kept[path] = _resize.resize(path, low[path], new)
     return (out, kept) if report else out
 
 
@@ -206,23 +197,23 @@ def combine(
     References:
         Yadav et al., 2023, arXiv:2306.01708 (ties); Yu et al., 2023, arXiv:2311.03099 (dare).
     """
-    loras, weights = _several(loras, weights)
-    key = _check_method(method, rank, density, key)
+    loras, weights = several(loras, weights)
+    key = check_method(method, rank, density, key)
     paths = list(dict.fromkeys(path for lora in loras for path in lora))
     found = {path: [(w, lora[path]) for w, lora in zip(weights, loras, strict=True) if path in lora] for path in paths}
-    wanting = {path for path in paths if _svd.needs_base(found[path], dense=method in ("ties", "dare"))}
+    wanting = {path for path in paths if _combine.needs_base(found[path], dense=method in ("ties", "dare"))}
     lacking = [{path: lora[path] for path in wanting & set(lora)} for lora in loras]
-    base = _values(lacking, params, "combine(loras, params=params)")
+    base = values_of(lacking, params, "combine(loras, params=params)")
     out: dict[str, Adapter] = {}
     for path, terms in found.items():
         at = [i for i, lora in enumerate(loras) if path in lora]
-        mix = _mixer(path, at, method, density, key)
+        mix = _combine.mixer(path, at, method, density, key)
         if any(isinstance(x, FullWeight) for _, x in terms):
-            out[path] = _svd.combine_full(terms, base.get(path), mix)
+            out[path] = _combine.combine_full(terms, base.get(path), mix)
         elif method == "concat":
-            out[path] = _svd.concat(terms)
+            out[path] = _combine.concat(terms)
         else:
-            out[path] = _svd.combine_low(path, terms, rank, mix)
+            out[path] = _combine.combine_low(path, terms, rank, mix)
     return out
 
 
@@ -247,7 +238,7 @@ def spectrum(lora: Lora) -> dict[str, jax.Array]:
         >>> jlora.algebra.spectrum(lora)["w"]
         Array([0., 0., 0.], dtype=float32)
     """
-    _check(lora)
+    check(lora)
     low = {path: _svd.matrices(x, scaled=True) for path, x in lora.items() if isinstance(x, LowRank)}
     return {path: _svd.singular_values(a, b) for path, (a, b) in low.items()}
 
@@ -297,9 +288,9 @@ def norms(lora: Lora, params: Any = None) -> dict[str, jax.Array]:
         >>> float(jlora.algebra.norms(lora)["w"])
         0.0
     """
-    _check(lora)
-    base = _values([lora], params, "norms(lora, params)")
-    return {path: _svd.norm_of(x, base.get(path)) for path, x in lora.items()}
+    check(lora)
+    base = values_of([lora], params, "norms(lora, params)")
+    return {path: _compare.norm_of(x, base.get(path)) for path, x in lora.items()}
 
 
 def compare(one: Lora, two: Lora, params: Any = None) -> dict[str, Comparison]:
@@ -341,209 +332,6 @@ def compare(one: Lora, two: Lora, params: Any = None) -> dict[str, Comparison]:
     References:
         Björck & Golub, 1973, "Numerical methods for computing angles between linear subspaces".
     """
-    (one, two), _ = _several([one, two], None)
-    base = _values([one, two], params, "compare(one, two, params)")
-    return {path: _svd.compare(one.get(path), two.get(path), base.get(path)) for path in {**one, **two}}
-
-
-# --- what the arguments are ------------------------------------------------------------------------------------------
-
-
-def _check(lora: Any) -> None:
-    check_lora(lora)
-    for path, x in lora.items():
-        if not isinstance(x, LowRank | FullWeight):
-            raise TypeError(
-                f"jlora.algebra knows LowRank and FullWeight adapters.\n  got: {type(x).__name__} for '{path}'\n"
-                "  Leave it out: {path: x for path, x in lora.items() if isinstance(x, jlora.LowRank)}."
-            )
-        _ = x.shape  # raises for stacked factors
-
-
-def _several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
-    """The adapters, if they are of one base and agree on the axes of their leaves, and their weights."""
-    if isinstance(loras, Mapping) or not isinstance(loras, Iterable):
-        raise TypeError(f"loras must be a sequence of adapters.\n  got: {type(loras).__name__}")
-    loras = list(loras)
-    if not loras:
-        raise ValueError("There is no adapter to combine.\n  Pass one or more: combine([one, two]).")
-    for lora in loras:
-        _check(lora)
-    weights = [1.0] * len(loras) if weights is None else list(weights)
-    if len(weights) != len(loras):
-        raise ValueError(
-            f"There must be one weight for each adapter.\n  got: {len(weights)} weights, {len(loras)} adapters"
-        )
-    for w in weights:
-        if not _is_number(w):
-            raise ValueError(f"A weight must be one finite number.\n  got: {w!r}")
-    seen: dict[str, Adapter] = {}
-    loras = _of_one_base(loras)
-    for path, x in ((path, x) for lora in loras for path, x in lora.items()):
-        before = seen.setdefault(path, x)
-        if x.shape != before.shape:
-            raise ValueError(f"The adapters are for different shapes of '{path}': {before.shape} and {x.shape}.")
-        if x.base.partial and len(x.shape) > 1 and isinstance(x, LowRank) != isinstance(before, LowRank):
-            raise ValueError(
-                f"'{path}' has factors in one adapter and is trained outright in another: which way it lies is not in PEFT's files.\n"
-                "  Load both with their base: jlora.peft.load(folder, sites)."
-            )
-        if isinstance(x, LowRank) and isinstance(before, LowRank) and _roles(x) != _roles(before):
-            raise ValueError(
-                f"The adapters split '{path}' differently: {_spelled(before)}, and {_spelled(x)}.\n"
-                "  Make both with the sites of one function."
-            )
-        if isinstance(x, LowRank):
-            seen[path] = x
-    return loras, weights
-
-
-def _of_one_base(loras: list[Lora]) -> list[Lora]:
-    """The adapters, all of the base that they tell together."""
-    first, *others = dict.fromkeys(x.base for lora in loras for x in lora.values())
-    for other in others:
-        difference = first.difference(other)
-        if difference:
-            raise ValueError(
-                f"The adapters belong to different bases: {difference}.\n"
-                "  Only updates of one base can be combined or compared."
-            )
-        first = first.joined(other)
-    if not others:
-        return loras
-    return [{path: replace(x, base=first) for path, x in lora.items()} for lora in loras]  # type: ignore[type-var]
-
-
-def _is_number(w: Any) -> bool:
-    if isinstance(w, jax.core.Tracer):
-        return w.ndim == 0 and bool(jnp.issubdtype(w.dtype, jnp.number))
-    real = isinstance(w, numbers.Real) or (isinstance(w, jax.Array | np.ndarray) and w.ndim == 0)
-    return real and bool(np.isfinite(w))
-
-
-def _roles(x: LowRank) -> tuple[tuple[int, ...], ...]:
-    return x.inputs, x.outputs, x.batch
-
-
-def _spelled(x: LowRank) -> str:
-    return f"inputs {x.inputs}, outputs {x.outputs}, batch {x.batch}"
-
-
-def _values(loras: Sequence[Lora], params: Any, call: str) -> dict[str, Any]:
-    """The base's leaves by path, empty if no adapter needs them."""
-    outright = [path for lora in loras for path, x in lora.items() if isinstance(x, FullWeight)]
-    if not outright:
-        return {}
-    if params is None:
-        raise Advised(
-            f"'{outright[0]}' is trained outright: its update is its value less the base's.",
-            f"Pass the base: {call}.",
-            "params",
-        )
-    paths, leaves, _ = _paths.flatten(params)
-    for lora in loras:
-        check_base(lora, paths, leaves)
-    return dict(zip(paths, leaves, strict=True))
-
-
-def _check_share(name: str, share: Any) -> None:
-    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < float(share) <= 1:
-        raise ValueError(f"{name} must be a number above 0, up to 1.\n  got: {share!r}")
-
-
-def _check_rank(rank: Any) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or int(rank) < 1:
-        raise ValueError(f"A rank must be a whole number from 1 up.\n  got: {rank!r}")
-    return int(rank)
-
-
-def _check_method(method: Any, rank: Any, density: Any, key: Any) -> Any:
-    """The key, if the method takes one; raises where a number is missing, or would have no effect."""
-    if method not in METHODS:
-        raise ValueError(f"method must be {_listed(METHODS)}.\n  got: {method!r}")
-    takes = METHODS[method]
-    for name, value in (("rank", rank), ("density", density), ("key", key)):
-        if value is not None and name not in takes:
-            others = _listed([other for other, names in METHODS.items() if name in names])
-            raise ValueError(
-                f"The method {method!r} has no use for {name}.\n  Leave it out, or use the method {others}."
-            )
-    if rank is not None:
-        _check_rank(rank)
-    if "density" in takes:
-        if density is None:
-            raise ValueError(f"The method {method!r} needs a density, the share of entries to keep: density=0.5.")
-        _check_share("density", density)
-    return as_key(key, "The method 'dare' needs key=, a PRNG key.") if "key" in takes else None
-
-
-def _listed(names: Iterable[str]) -> str:
-    *names, last = map(repr, names)
-    return f"{', '.join(names)} or {last}" if names else last
-
-
-def _mixer(path: str, at: list[int], method: str, density: Any, key: Any) -> _svd.Mix | None:
-    """What a method makes of the dense updates of one leaf, if it needs them: those of the adapters number ``at``."""
-    if method == "ties":
-        return partial(_svd.ties, density=density)
-    if method == "dare":
-        here = fold_path(key, path)
-        return partial(_svd.dare, density=density, keys=[jax.random.fold_in(here, i) for i in at])
-    return None
-
-
-# --- extract ---------------------------------------------------------------------------------------------------------
-
-
-def _pairs(params: Any, tuned: Any, sites: Sites) -> dict[str, tuple[Any, Any]]:
-    """The leaves of both checkpoints by path."""
-    (paths, base, _), (others, news, _) = _paths.flatten(params), _paths.flatten(tuned)
-    difference = sites.base.difference(fingerprint(paths, base))
-    if difference:
-        raise ValueError(
-            f"The sites were found for other parameters: {difference}.\n  Call jlora.sites again with these."
-        )
-    new = dict(zip(others, news, strict=True))
-    old = dict(zip(paths, base, strict=True))
-    alone = [path for path in {**old, **new} if (path in new) != (path in old)]
-    if alone:
-        path, where = alone[0], "tuned" if alone[0] in old else "params"
-        near = _paths.nearest(path, others if where == "tuned" else paths)
-        raise ValueError(
-            f"The checkpoints have different leaves: there is no '{path}' in {where}.\n  nearest: {', '.join(near)}"
-        )
-    for path, w in old.items():
-        if np.shape(w) != np.shape(new[path]):
-            raise ValueError(
-                f"The checkpoints have different shapes: '{path}' is {np.shape(w)} in params, {np.shape(new[path])} in tuned."
-            )
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in (w, new[path])):
-            raise ValueError(f"extract needs the values of both checkpoints.\n  got: only the shape of '{path}'")
-    return {path: (w, new[path]) for path, w in old.items()}
-
-
-# --- resize ----------------------------------------------------------------------------------------------------------
-
-
-def _ranks(low: Mapping[str, LowRank], rank: Any) -> dict[str, int]:
-    """The new rank of each leaf that gets one."""
-    if not isinstance(rank, Mapping):
-        return dict.fromkeys(low, _check_rank(rank))
-    ranks: dict[str, int] = {}
-    for pattern, wanted in rank.items():
-        try:
-            found = [path for path in low if path == pattern or re.fullmatch(pattern, path)]
-        except (re.error, TypeError) as error:
-            raise ValueError(f"The pattern {pattern!r} of a rank is not a regular expression: {error}.") from None
-        if not found:
-            near = ", ".join(_paths.nearest(pattern, low))
-            raise ValueError(
-                f"No low-rank adapter matches {pattern!r}.\n  nearest: {near}\n  A pattern must match the whole path."
-            )
-        new = [path for path in found if path not in ranks]
-        if not new:
-            raise ValueError(
-                f"Earlier patterns took every match of {pattern!r}: it would have no effect.\n  matches: {_paths.listing(found)}"
-            )
-        ranks |= dict.fromkeys(new, _check_rank(wanted))
-    return ranks
+    (one, two), _ = several([one, two], None)
+    base = values_of([one, two], params, "compare(one, two, params)")
+    return {path: _compare.compare(one.get(path), two.get(path), base.get(path)) for path in {**one, **two}}

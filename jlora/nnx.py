@@ -18,13 +18,24 @@ class Functional:
 
     def __init__(self, graph: Any, state: Any, name: str):
         self._graph, self.state, self._name = graph, state, name
+        self._unknown = _shape_only(state)
 
     def __repr__(self) -> str:
         return f"jlora.nnx.Functional({self._name})"
 
+    @property
+    def __jlora_shapes__(self) -> dict[str, Any]:
+        """What ``jlora.sites`` passes, which needs no values, if the module has none."""
+        return {} if self._unknown is None else {"state": self.state}
+
     def __call__(
         self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any
     ) -> Any:
+        if state is None and self._unknown is not None:
+            raise ValueError(
+                f"The module was split without values (nnx.eval_shape): only the shape of '{self._unknown}' is known.\n"
+                "  Split a module that has values, or pass its other state: fn(params, ..., state=state)."
+            )
         state = self.state if state is None else state
         module = nnx.merge(self._graph, nnx.State(params), state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
@@ -49,7 +60,7 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
     """Splits ``module`` into a pure function and its parameters, a plain nested dict.
 
     Args:
-        module: Any NNX module.
+        module: Any NNX module. For ``jlora.sites``, one of shapes will do, as ``nnx.eval_shape`` makes it.
 
     Returns:
         ``(fn, params)``: ``fn(params, *args, **kwargs)`` is what ``module(*args, **kwargs)`` is; ``method="name"`` calls another method.
@@ -82,6 +93,14 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
     if not isinstance(fn, Functional):
         raise TypeError(f"merge takes the function that jlora.nnx.split returned.\n  got: {type(fn).__name__}")
     return nnx.merge(fn._graph, nnx.State(params), fn.state if state is None else state, copy=True)
+
+
+def _shape_only(state: Any) -> str | None:
+    """The first variable of which only the shape is known."""
+    for keys, variable in nnx.to_flat_state(state):
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(_value(variable))):
+            return "/".join(map(str, keys))
+    return None
 
 
 def _changed(before: Any, after: Any) -> str | None:

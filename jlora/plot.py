@@ -4,10 +4,11 @@ r"""Pictures of trained adapters: the norm of the update by layer, its spectra, 
 ``matplotlib.figure.Figure`` that pyplot knows nothing of: no window opens, no setting changes. The numbers are those of ``jlora.algebra``;
 nothing is written to disk (``fig.savefig``). Works on values, so not under ``jax.jit``.
 
-A heat map has a row for each kind of weight and a column for each layer, read off the paths: the layer is the number of a part that
-names a layer or block (``layers/3``, ``blocks_3``); else the first batch axis of a scanned leaf; else the first number that differs
-between leaves that are alike (``Dense_0``, ``Dense_1``). Experts (further batch axes, or ``experts/5``) are thin rows of their kind. A leaf
-without a layer is in a column of its own. Which leaves the base has, and the adapter has not, is known from its fingerprint.
+A heat map has a row for each kind of weight that is adapted and a column for each layer, read off the paths: the layer is the number of a
+part that names a layer or block (``layers/3``, ``blocks_3``); else the first batch axis of a scanned leaf; else the first number that
+differs between leaves that are alike (``Dense_0``, ``Dense_1``). Experts (further batch axes, or ``experts/5``) are thin rows of their
+kind. A leaf without a layer is in a column of its own. Which leaves the base has, and the adapter has not, is known from its fingerprint.
+Text and lines are dark on a light figure and light on a dark one.
 """
 
 from collections.abc import Mapping
@@ -21,19 +22,11 @@ import numpy as np
 
 from jlora import _jax, _paths, algebra
 from jlora._adapters import Adapter, LowRank
-from jlora._plot_draw import (
-    draw_angles,
-    draw_spectra,
-    extent,
-    figure,
-    heat,
-    load_matplotlib,
-    overlap,
-    panels_of,
-    root,
-    shared_directions,
-)
+from jlora._algebra_checks import values_of
+from jlora._plot_curves import draw_angles, draw_spectra, overlap, panels_of, shared_directions
+from jlora._plot_draw import figure, load_matplotlib, root
 from jlora._plot_grid import grid_of
+from jlora._plot_heat import heat, scale
 from jlora._wrap import check_base, check_lora
 
 if TYPE_CHECKING:
@@ -63,8 +56,9 @@ def norms(
         figsize: Size of the new figure in inches; by default, what the number of cells needs.
 
     Returns:
-        The figure. Grey and crossed out: the base has the leaf, the adapter does not. White: the base has no such leaf. Black: the
-        value is not finite (or relative to a weight of zeros).
+        The figure. Grey, with a stroke: the base has the leaf, the adapter does not. Blank: the base has no such leaf. Black and crossed
+        out: the value is not finite (or relative to a weight of zeros). A few values far beyond all others have the colour of the colour
+        bar's arrow; the number above it is the highest.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -93,7 +87,7 @@ def norms(
         raise ValueError(
             "Norms relative to those of the base need the base.\n  Pass it: norms(lora, params), or relative=False."
         )
-    base = {} if params is None else _base(lora, params)
+    base = {} if params is None else _base("norms", lora, params)
     values = {path: np.asarray(x) for path, x in algebra.norms(lora, params).items()}
     if relative:
         with np.errstate(all="ignore"):  # a base of zeros: drawn as not finite
@@ -111,13 +105,14 @@ def norms(
         values,
         title="Relative norm of the update" if relative else "Norm of the update",
         label=label,
+        limits=scale(values, 0.0),
         percent=relative,
     )
     return root(ax)
 
 
-def spectra(lora: Lora, *, figsize: Size | None = None) -> "Figure":
-    r"""Draws the singular values of each update, relative to its largest, and the effective rank by layer and kind of weight.
+def spectra(lora: Lora, params: Any = None, *, figsize: Size | None = None) -> "Figure":
+    r"""Draws the singular values of each update, relative to its largest or to the base, and the effective rank by layer and kind.
 
     A panel for each kind of weight: a line for each leaf or slice, coloured by layer; the median and bands of quantiles if there are more
     than 48. The dotted line is the median effective rank. Kinds that have the same last name share a panel if there are more than 12.
@@ -125,15 +120,18 @@ def spectra(lora: Lora, *, figsize: Size | None = None) -> "Figure":
 
     Args:
         lora: Adapters by path. Leaves trained outright have no spectrum and are left out.
+        params: The base. With it, singular values are relative to the norm of the base's weight, $\sigma_i / \lVert W\rVert_F$, slice by
+            slice: not only how an update falls off, but how large it is. The root of the sum of their squares is what ``norms`` draws.
         figsize: Size of the figure in inches; by default, what panels and cells need.
 
     Returns:
-        The figure. The update of a fresh adapter is zero: it has no line, and effective rank 0.
+        The figure. The update of a fresh adapter is zero: it has no line, and effective rank 0. Neither has a line relative to a weight
+        of zeros. Grey in the heat map: the base has the leaf, but the adapter none of low rank for it.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        TypeError: ``lora`` is no adapter, or holds a kind of one's own or no values.
-        ValueError: the adapter is empty, or has no low-rank leaf.
+        TypeError: ``lora`` is no adapter, or holds a kind of one's own or no values; ``params`` has none.
+        ValueError: the adapter is empty, or has no low-rank leaf; ``params`` is another base.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora, jlora.plot
@@ -158,6 +156,8 @@ def spectra(lora: Lora, *, figsize: Size | None = None) -> "Figure":
     lora = {path: lora[path] for path in found}
     ranks = {path: np.asarray(algebra.effective_rank(jnp.asarray(x))) for path, x in found.items()}
     ranks = {path: np.where(np.isfinite(found[path]).all(-1), x, np.nan) for path, x in ranks.items()}
+    base = {} if params is None else _base("spectra", lora, params)
+    units = {path: _base_norm(lora[path], w) for path, w in base.items()} if base else None
     grid = grid_of(lora)
     panels = panels_of(grid, list(found))
     columns = min((4, 3, 5), key=lambda n: -len(panels) % n) if len(panels) > 4 else len(panels)
@@ -168,13 +168,15 @@ def spectra(lora: Lora, *, figsize: Size | None = None) -> "Figure":
     wide = max(2.0 * columns + 1.2, (width + beside + 1.3) * (below > 0), 4.2)
     fig = figure(plt, figsize or (wide, above + below))
     top, bottom = fig.subfigures(2, 1, height_ratios=(above, below)) if below else (fig, None)
-    draw_spectra(
-        plt, top, top.subplots(lines, columns, sharex=True, sharey=True, squeeze=False), grid, panels, found, ranks
-    )
+    axes = top.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    draw_spectra(plt, top, axes, grid, panels, found, ranks, units)
     if bottom is not None:
         most = max(x.rank for x in lora.values() if isinstance(x, LowRank))
         label = f"effective rank (rank {most})" if len({x.shape[-1] for x in found.values()}) == 1 else "effective rank"
-        heat(bottom.subplots(), grid, ranks, title="Effective rank of the update", label=label, limits=extent(ranks))
+        needs = min(1.0, (1.6 * width + beside + 1.3) / fig.get_figwidth())  # cells of a narrow map would be bars
+        ax = bottom.add_subplot(bottom.add_gridspec(1, 2, width_ratios=(needs, 1.001 - needs))[0])
+        title = "Effective rank of the update"
+        heat(ax, grid, ranks, title=title, label=label, limits=scale(ranks), absent="not low-rank")
     return fig
 
 
@@ -194,7 +196,8 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
         figsize: Size of the figure in inches; by default, what the number of cells needs.
 
     Returns:
-        The figure. Colours end at the largest value, but not below 0.1. Grey and crossed out: not in both adapters.
+        The figure. Colours end at the largest value (but for a few far beyond all others), and not below 0.1. Grey, with a stroke: not in
+        both adapters, or not low-rank in both.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -217,8 +220,9 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
         subspaces".
     """
     plt = load_matplotlib()
-    for lora in (one, two):
-        _check_values("angles", lora)
+    for name, lora in (("one", one), ("two", two)):
+        _check_values("angles", lora, name)
+    values_of([one, two], params, "angles(one, two, params)")  # raises in the words of this function, not of compare
     both = algebra.compare(one, two, params)
     cosine = {path: np.asarray(x.cosine) for path, x in both.items() if x.cosine is not None}
     shared = {path: shared_directions(one[path], two[path]) for path, x in both.items() if x.input_angles is not None}
@@ -238,15 +242,15 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
     fig = figure(plt, figsize or (2 * min(max(0.75 * width, 2.2), 4.5) + beside + 2.2, 2 * (max(height, 1.4) + 0.9)))
     axes = fig.subplots(2, 2)
     overlaps = [{path: overlap(x, shared[path]) for path, x in side.items()} for side in sides]
-    limits = (0.0, max(0.1, *(extent(x)[1] for x in overlaps)))
+    limits = (0.0, max(0.1, *(scale(x, 0.0)[1] for x in overlaps)))
     for ax, name, values in zip(axes[0], ("input", "output"), overlaps, strict=True):
         title, label = f"Overlap of the {name} spaces", r"mean $\cos^2\theta_i$"
         heat(ax, grid, values, title=title, label=label, limits=limits, absent="not low-rank in both")
     axes[0, 1].tick_params(labelleft=False)
-    most = max(0.1, *np.abs(extent(cosine)))
+    most = max(0.1, scale({path: np.abs(x) for path, x in cosine.items()}, 0.0)[1])
     heat(
         axes[1, 0], grid, cosine, title="Cosine of the updates", label=r"$\cos(\Delta W_1, \Delta W_2)$",
-        limits=(-most, most), absent="not in both", colours="RdBu_r",
+        limits=(-most, most), absent="not in both", colours="RdYlBu_r",
     )  # fmt: skip
     draw_angles(plt, axes[1, 1], sides)
     return fig
@@ -255,9 +259,9 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
 # --- what the arguments are ------------------------------------------------------------------------------------------
 
 
-def _check_values(name: str, lora: Any) -> None:
+def _check_values(name: str, lora: Any, argument: str = "lora") -> None:
     """Raises if this is no adapter, or a factor has no value: a picture needs one."""
-    check_lora(lora)
+    check_lora(lora, name=argument)
     for path, x in lora.items():
         for leaf in jax.tree.leaves(x):
             if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -276,14 +280,14 @@ def _check_ax(plt: Any, ax: Any, figsize: Any) -> None:
         )
 
 
-def _base(lora: Lora, params: Any) -> dict[str, Any]:
+def _base(name: str, lora: Lora, params: Any) -> dict[str, Any]:
     """The leaves of the base that are adapted, by path."""
     paths, leaves, _ = _paths.flatten(params)
     check_base(lora, paths, leaves)
     base = {path: w for path, w in zip(paths, leaves, strict=True) if path in lora}
     for path, w in base.items():
         if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(f"jlora.plot.norms needs the values of the base.\n  got: {type(w).__name__} at '{path}'")
+            raise TypeError(f"jlora.plot.{name} needs the values of the base.\n  got: {type(w).__name__} at '{path}'")
     return base
 
 

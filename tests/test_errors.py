@@ -95,7 +95,13 @@ def test_pattern_with_a_typo_names_the_nearest():
 @pytest.mark.parametrize(
     ("target", "advice"),
     [
-        ("kernel", r"'\.\*kernel\.\*' would match head/kernel, mlp/down/kernel, mlp/up/kernel"),
+        (
+            "kernel",
+            r"'\.\*kernel\.\*' would match head/kernel, mlp/down/kernel, mlp/up/kernel, and spare/kernel, which the rule can",
+        ),
+        ("up", r"'\.\*up\.\*' would match mlp/up/kernel, and mlp/up/bias, which the rule cannot train"),
+        ("bias", r"'\.\*bias\.\*' would match mlp/up/bias, which the rule cannot train"),
+        (".*upp.*", r"nearest: mlp/up/kernel, mlp/down/kernel, head/kernel\n"),  # and no bias
         ("all_linear", "Did you mean 'all-linear'"),
     ],
 )
@@ -176,7 +182,8 @@ def test_targets_without_effect():
 def test_lora_on_a_bias_names_the_operation_and_line():
     with pytest.raises(
         ValueError,
-        match=r"(?s)'mlp/up/bias' \(5,\) cannot be adapted: all of it is needed by add at .*test_errors.py:\d+ \(net\).*Full rule",
+        match=r"(?s)'mlp/up/bias' \(5,\) cannot be adapted: all of it is needed by add at .*test_errors.py:\d+ \(net\)"
+        r".*Full rule.*\n  Of its other matches it can take mlp/up/kernel\.",
     ):
         init(jlora.LoRA(rank=1, targets="mlp/up/.*"))
 
@@ -332,8 +339,12 @@ def test_full_needs_values():
 
 def test_delta_of_a_full_leaf_needs_the_base():
     lora = init(jlora.Full(targets="mlp/up/bias"))
-    with pytest.raises(ValueError, match=r"delta\(lora, params\)"):
+    with pytest.raises(
+        ValueError, match=r"'mlp/up/bias' is trained outright.*\n  Pass the base: delta\(lora, params\)"
+    ):
         jlora.delta(lora)
+    with pytest.raises(ValueError, match=r"update of a fully trained leaf.*\n  Pass the base"):
+        lora["mlp/up/bias"].delta(None)
     np.testing.assert_array_equal(jlora.delta(lora, PARAMS)["mlp/up/bias"], np.zeros(5))
 
 

@@ -384,6 +384,27 @@ def test_nnx_calls_that_write():
     assert fn(params, X).shape == (*X.shape[:-1], M)
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_nnx_sites_of_a_module_without_values(evaluated):
+    """Weights are found by shapes; batch statistics and random streams need no values either."""
+    how = {} if evaluated else {"mutable": True}
+    modules = [nnx.eval_shape(lambda: Noisy(nnx.Rngs(0))), Noisy(nnx.Rngs(0))]
+    found = []
+    for module in modules:
+        if evaluated:
+            module.eval()
+        fn, params = jlora.nnx.split(module)
+        found.append(jlora.sites(fn, params, X, **how))
+    assert dict(found[0]) == dict(found[1])
+    assert found[0].base == found[1].base
+    shapes, params, real = *jlora.nnx.split(modules[0]), jlora.nnx.split(modules[1])[1]
+    with pytest.raises(ValueError, match=r"split without values.*shape of '(norm|drop)/\S+' is known.*\n.*state=state"):
+        shapes(real, X, **how)
+    if evaluated:
+        fn, _ = jlora.nnx.split(modules[1])
+        np.testing.assert_array_equal(shapes(real, X, state=fn.state), fn(real, X))
+
+
 def test_nnx_wrong_arguments():
     with pytest.raises(TypeError, match=r"split takes an nnx.Module"):
         jlora.nnx.split(Net())

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import BY_NAME
+from matplotlib import rc_context
 from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import jlora
@@ -228,6 +230,94 @@ def test_every_way_to_use_a_weight(name):
     assert heat(drawn(plot.angles(lora, case.trained(7))).axes[2]).count() == slices
 
 
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+def loud(lora, path, factor):
+    return lora | {path: dataclasses.replace(lora[path], b=factor * lora[path].b)}
+
+
+def colours(ax):
+    """The ends of the colours, and the mesh."""
+    mesh = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    return *mesh.get_clim(), mesh
+
+
+def notes(ax):
+    return [text.get_text() for text in ax.texts if text.get_text()]
+
+
+def test_an_outlier_does_not_flatten_the_colours():
+    path = "model/layers/4/attn/k/kernel"
+    lora = loud(made(layers(9)), path, 50.0)
+    ax, bar = drawn(plot.norms(lora)).axes
+    sizes = {p: float(x) for p, x in algebra.norms(lora).items()}
+    low, high, mesh = colours(ax)
+    assert (low, high) == (0.0, pytest.approx(max(x for p, x in sizes.items() if p != path)))
+    assert heat(ax)[1, 4] == pytest.approx(sizes[path])  # the value itself is true
+    assert mesh.colorbar.extend == "max"
+    assert notes(bar) == [f"to {sizes[path]:.0f}"]
+    assert mesh.to_rgba(sizes[path]) != mesh.to_rgba(high)
+    ax, bar = drawn(plot.norms(made(layers(9)))).axes
+    assert (colours(ax)[2].colorbar.extend, notes(bar)) == ("neither", [])
+
+
+def test_numbers_in_cells_are_true_beyond_the_colours():
+    shapes = layers(4)
+    lora = loud(made(shapes), "model/layers/1/attn/q/kernel", 1000.0)
+    params = tree(shapes)
+    ax = drawn(plot.norms(lora, params)).axes[0]
+    true = {f"{100 * x:.0f}%" for x in heat(ax).compressed() if x > 10}
+    assert len(true) == 1
+    assert true < set(notes(ax))
+    assert len(notes(ax)) == 12
+
+
+def test_a_whole_group_of_larger_values_is_no_outlier():
+    lora = made(layers(9))
+    for i in range(9):
+        lora = loud(lora, f"model/layers/{i}/attn/v/kernel", 50.0)
+    low, high, mesh = colours(plot.norms(lora).axes[0])
+    assert (low, high) == (0.0, pytest.approx(float(max(algebra.norms(lora).values()))))
+    assert mesh.colorbar.extend == "neither"
+
+
+def test_an_effective_rank_far_below_the_others_does_not_flatten_the_colours():
+    path = "model/layers/2/attn/q/kernel"
+    usual = made({path: (5, 7)}, rank=5)[path]
+    lora = {p: dataclasses.replace(x, a=usual.a + 0.01 * x.a, b=usual.b) for p, x in made(layers(9), rank=5).items()}
+    lora[path] = algebra.resize(algebra.resize(lora, {path: 1}), {path: 5})[path]
+    ax = next(x for x in drawn(plot.spectra(lora)).axes if x.get_title("left").startswith("Effective"))
+    low, _, mesh = colours(ax)
+    others = np.delete(heat(ax).ravel(), 2)
+    assert low == pytest.approx(others.min())
+    assert mesh.colorbar.extend == "min"
+    assert notes(mesh.colorbar.ax) == ["from 1.00"]
+
+
+def test_one_trained_leaf_among_fresh_ones_has_the_whole_scale():
+    lora = made(layers(9))
+    path = "model/layers/2/attn/q/kernel"
+    lora = {p: x if p == path else dataclasses.replace(x, b=0.0 * x.b) for p, x in lora.items()}
+    assert colours(plot.norms(lora).axes[0])[1] == pytest.approx(float(algebra.norms(lora)[path]))
+
+
+def test_ink_is_dark_on_a_light_figure_and_light_on_a_dark_one():
+    lora = made(layers(3), skip=["model/layers/1/attn/q/kernel"])
+    for face, dark in (("white", False), ("#fff8e0", False), ("#101020", True), ("none", False)):
+        fig = Figure(facecolor=face, layout="constrained")
+        ax = fig.subfigures(1, 1).subplots()
+        drawn(plot.norms(lora, ax=ax))
+        texts = [ax.title, ax.xaxis.label, *ax.get_yticklabels(), *ax.get_legend().get_texts()]
+        texts = [text for text in [*texts, ax._left_title, colours(ax)[2].colorbar.ax.yaxis.label] if text.get_text()]
+        assert len(texts) == 7
+        assert {max(to_rgb(text.get_color())) > 0.5 for text in texts} == {dark}, face
+    with rc_context({"figure.facecolor": "black", "axes.grid": True, "text.color": "white"}):
+        fig = drawn(plot.spectra(lora))
+        assert min(to_rgb(fig.axes[0]._left_title.get_color())) > 0.5
+        assert min(to_rgb(drawn(plot.angles(lora, lora)).axes[3].get_legend().get_texts()[0].get_color())) > 0.5
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +332,34 @@ def test_names_are_short_and_tell_rows_apart():
     assert rows(ax)[0] == "a_of_a_very_long_name/and_anotherc"  # cut, it would be that of another
     assert rows(plot.norms(made({f"{x * 40}": (5, 7) for x in "ab"})).axes[0])[0] == "…" + 25 * "a"
     assert rows(plot.norms(made({"a/b/c/d/kernel": (5, 7)})).axes[0]) == ["d/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["head/kernel", "head/bias"], ["head/kernel", "head/bias"]),
+        (["params/model/head/w", "params/model/head/b"], ["head/w", "head/b"]),
+        (["params/Conv_0/kernel", "params/Conv_1/kernel", "params/Dense_0/kernel", "params/Dense_0/bias"],
+         ["Conv/kernel", "Dense_0/kernel", "Dense_0/bias"]),
+        (["Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel", "Dense_1/bias"], ["Dense/kernel", "Dense/bias"]),
+        (["layers/0/q/kernel", "layers/0/k/kernel", "layers/1/q/kernel", "out/kernel", "out/bias"],
+         ["q", "k", "out/kernel", "out/bias"]),
+        (["kernel", "bias"], ["kernel", "bias"]),
+    ],
+)  # fmt: skip
+def test_a_parameter_is_named_with_its_module(paths, names):
+    assert rows(plot.norms(made(dict.fromkeys(paths, (5, 7)))).axes[0]) == names
+
+
+def test_experts_of_a_scanned_stack_that_have_one_axis_of_slices():
+    """An einsum over all experts at once leaves them no axis of their own; the layers are still layers."""
+    lora = made({"blocks/attn/q": (4, 5, 7), "blocks/experts/up": (4, 5, 7), "blocks/experts/down": (4, 3, 5, 7)})
+    ax = drawn(plot.norms(lora)).axes[0]
+    assert rows(ax) == ["attn/q", "experts/up", "experts/down  ×3"]
+    assert heat(ax).shape == (5, 4)
+    np.testing.assert_allclose(heat(ax)[1], algebra.norms(lora)["blocks/experts/up"], rtol=1e-6)
+    apart = drawn(plot.norms(made({"blocks/q": (4, 5, 7), "moe/experts/up": (4, 5, 7)}))).axes[0]
+    assert rows(apart) == ["blocks/q", "experts/up  ×4"]
 
 
 def test_hundreds_of_leaves():
@@ -314,10 +432,40 @@ def test_ranks_that_differ():
     np.testing.assert_allclose(plot.spectra(grown).axes[1].lines[0].get_ydata()[2:], np.nan)  # rounding is left out
 
 
+def test_spectra_relative_to_the_base():
+    shapes = layers(3) | {"stack/w": (4, 5, 7)}
+    lora, params = made(shapes), tree(shapes)
+    fig = drawn(plot.spectra(lora, params))
+    queries, keys, _, stack = fig.axes[:4]
+    values, sizes = algebra.spectrum(lora), algebra.norms(lora)
+    path = "model/layers/1/attn/k/kernel"
+    curve = keys.lines[1].get_ydata()
+    np.testing.assert_allclose(curve, values[path] / np.linalg.norm(params[path]), rtol=1e-5)
+    assert np.sqrt((curve**2).sum()) == pytest.approx(float(sizes[path]) / np.linalg.norm(params[path]), rel=1e-5)
+    for i, line in enumerate(stack.lines[:4]):
+        expected = values["stack/w"][i] / np.linalg.norm(params["stack/w"][i])
+        np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-5)
+    low, high = fig.axes[0].get_ylim()
+    assert low < min(line.get_ydata().min() for line in queries.lines[:3])
+    assert high > curve.max()
+    assert "Vert W" in fig.subfigs[0]._supylabel.get_text()
+    params[path] *= 0
+    assert np.isnan(drawn(plot.spectra(lora, params)).axes[1].lines[1].get_ydata()).all()
+    with pytest.raises(ValueError, match=r"another base: there is no leaf"):
+        plot.spectra(lora, {"v": jnp.ones((5, 7))})
+    with pytest.raises(TypeError, match=r"plot.spectra needs the values of the base.\n  got: ShapeDtypeStruct"):
+        plot.spectra(lora, {p: jax.ShapeDtypeStruct(w.shape, jnp.float32) for p, w in params.items()})
+
+
 def test_leaves_trained_outright_have_no_spectrum():
     lora = made({"up": (5, 7), "down": (5, 7)})
     lora["down"] = jlora.FullWeight(jnp.ones((5, 7)), lora["down"].base)
     assert [ax.get_title("left") for ax in drawn(plot.spectra(lora)).axes] == ["up"]
+    lora = made(layers(3, "q"))
+    path = "model/layers/1/attn/q/kernel"
+    lora[path] = jlora.FullWeight(jnp.ones((5, 7)), lora[path].base)
+    assert marks(drawn(plot.spectra(lora)).axes[-2]) == {"not low-rank": 1}
+    lora = {"down": jlora.FullWeight(jnp.ones((5, 7)), made({"down": (5, 7)})["down"].base)}
     with pytest.raises(ValueError, match=r"no low-rank leaf, and so no spectrum.\n  got: down, trained outright"):
         plot.spectra({"down": lora["down"]})
 
@@ -371,7 +519,7 @@ def test_angles_and_a_leaf_trained_outright():
     reads, _, cosine = drawn(plot.angles(lora, other, params)).axes[:3]
     assert marks(reads) == {"not low-rank in both": 1}
     assert heat(cosine).count() == 2
-    with pytest.raises(ValueError, match=r"'down' is trained outright"):
+    with pytest.raises(ValueError, match=r"'down' is trained outright.*\n  Pass the base: angles\(one, two, params\)"):
         plot.angles(lora, other)
     with pytest.raises(ValueError, match=r"No leaf has a low rank in both adapters.*\n  got: down; and up, down"):
         plot.angles({"down": lora["down"]}, other, params)
@@ -425,10 +573,15 @@ def test_without_matplotlib(monkeypatch):
 
 def test_what_is_refused():
     lora = made({"w": (5, 7)})
-    for call in (plot.norms, plot.spectra, lambda x: plot.angles(lora, x), lambda x: plot.angles(x, lora)):
+    for name, call in (
+        ("lora", plot.norms),
+        ("lora", plot.spectra),
+        ("two", lambda x: plot.angles(lora, x)),
+        ("one", lambda x: plot.angles(x, lora)),
+    ):
         with pytest.raises(ValueError, match=r"The adapter is empty"):
             call({})
-        with pytest.raises(TypeError, match=r"lora must be a dict from path to adapter"):
+        with pytest.raises(TypeError, match=f"{name} must be a dict from path to adapter"):
             call({"w": jnp.ones((5, 7))})
         with pytest.raises(TypeError, match=r"draws values.\n  got: ShapeDtypeStruct in the adapter of 'w'"):
             call(jax.eval_shape(lambda: lora))

@@ -172,10 +172,6 @@ def trace_figure(plt: Any, results: dict[str, Any]) -> Any:
     return figure
 
 
-def quality_figure(plt: Any, results: dict[str, Any]) -> Any:
-    return importlib.import_module("benchmarks.quality").figure(plt, results)
-
-
 FIGURES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {"step": step_figure, "trace": trace_figure}
 
 

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     layers: int  # of the bases of init, merge, save, load
     widths: tuple[int, ...]
     ranks: tuple[int, ...]  # at the second of the widths
+    compiler: dict[str, Any]  # options
 
 
 PLAN = Plan(
@@ -67,6 +68,7 @@ PLAN = Plan(
     layers=8,
     widths=(256, 512, 1024, 2048),
     ranks=(4, 16, 64, 256),
+    compiler={},
 )
 QUICK = Plan(
     Point(depth=1, rank=4, length=32, width=64),
@@ -76,6 +78,7 @@ QUICK = Plan(
     layers=1,
     widths=(64, 256),
     ranks=(4, 16),
+    compiler={"xla_backend_optimization_level": 0},  # it is for counts, which are taken before code is made
 )
 
 
@@ -154,7 +157,7 @@ def measured_step(plan: Plan, point: Point) -> dict[str, Any]:
             ways[name][stage].append(value)
     for name, (trace, lowered) in last.items():
         start = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(plan.compiler)
         ways[name] |= {
             "compile": time.perf_counter() - start,
             "equations": sum(1 for _ in measure.equations(trace.jaxpr)),
@@ -180,8 +183,6 @@ def steps_of(plan: Plan) -> dict[str, dict[str, Any]]:
     """What was measured by axis and value; the centre is measured once and stands in every axis."""
     seen: dict[Point, dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
-    for program in programs(plan.centre)[0].values():
-        traced(program)  # warm-up
     for axis, values in plan.axes.items():
         for value in values:
             point = plan.centre._replace(**{axis: value})

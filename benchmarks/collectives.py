@@ -8,10 +8,8 @@ of the adapter, and full fine-tuning. The compiler of a TPU cuts collectives int
 text tells neither how many there are nor how much they move: it is not counted here.
 """
 
-import argparse
-import json
 import math
-from pathlib import Path
+import sys
 from typing import Any
 
 import jax
@@ -21,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from benchmarks import llama_shapes, measure
+from benchmarks import llama_shapes, measure, suite
 
 RANK, BATCH, LENGTH = 16, 8, 512
 WAYS = ("base", "jlora", "full")
+TITLE = "Collectives of a gradient step on a mesh"
 
 
 def programs(shape: llama_shapes.Shape, layout: llama_shapes.Layout, mesh: Mesh, length: int) -> dict[str, Any]:
@@ -58,11 +57,12 @@ def programs(shape: llama_shapes.Shape, layout: llama_shapes.Layout, mesh: Mesh,
     }
 
 
-def run(shape: llama_shapes.Shape, names: list[str], length: int) -> dict[str, Any]:
+def count(shape: llama_shapes.Shape, names: list[str], length: int) -> dict[str, Any]:
     """Collectives of each program of each layout."""
     mesh = Mesh(np.array(llama_shapes.devices("cpu", 8)).reshape(2, 4), ("data", "model"))
     results = {}
     for name in names:
+        suite.progress(f"compiling: {name}")
         found = {}
         for way, (fn, args) in programs(shape, llama_shapes.LAYOUTS[name], mesh, length).items():
             collectives = measure.collectives(fn.lower(*args).compile().as_text())
@@ -96,29 +96,35 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Collectives of a gradient step, layout by layout.")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two layouts")
-    parser.add_argument("--out", type=Path, help="write everything that was counted, as JSON")
-    args = parser.parse_args(argv)
+def run(quick: bool) -> dict[str, Any]:
+    """Everything that is counted."""
     llama_shapes.simulate(8)
-    shape = llama_shapes.SHAPES["tiny" if args.quick else "1B"]._replace(layers=2)
-    names = ["tensor parallel", "FSDP"] if args.quick else list(llama_shapes.LAYOUTS)
-    length = 32 if args.quick else LENGTH
-    results = {
-        **measure.environment(),
-        "target": "cpu",
-        "shape": shape._asdict(),
-        "rank": RANK,
-        "tokens": [BATCH, length],
-        "layouts": run(shape, names, length),
-    }
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"Llama of {shape}, {BATCH} x {length} tokens, bf16, rank {RANK}, mesh (2, 4), compiled for CPU devices.")
-    print("Collectives of one gradient step (MiB each chip sends or holds of their results):\n")
-    print(measure.table(HEADER, rows(results)))
+    shape = llama_shapes.SHAPES["tiny" if quick else "1B"]._replace(layers=2)
+    names = ["tensor parallel", "FSDP"] if quick else list(llama_shapes.LAYOUTS)
+    length = 32 if quick else LENGTH
+    about = {"target": "cpu", "shape": shape._asdict(), "rank": RANK, "tokens": [BATCH, length]}
+    return about | {"layouts": count(shape, names, length)}
+
+
+def tables(results: dict[str, Any]) -> list[suite.Table]:
+    batch, length = results["tokens"]
+    note = (
+        f"Llama of {results['shape']}, {batch} x {length} tokens, bf16, rank {results['rank']}, mesh (2, 4), compiled for CPU devices; "
+        "in brackets the MiB each chip sends or holds of their results"
+    )
+    return [suite.Table(TITLE, HEADER, rows(results), note)]
+
+
+def claims(results: dict[str, Any]) -> list[suite.Claim]:
+    """What docs/pod.md says: the adapter's own traffic is of its own size, or of its thin activations', never of the base's."""
+    found = []
+    for name, r in results["layouts"].items():
+        more = r["jlora"]["bytes"] - r["base"]["bytes"]
+        thin = 2 * math.prod(results["tokens"]) * results["rank"] * 4 * 14 * results["shape"]["layers"]
+        text = f"{name}: no more bytes than the adapter and its thin activations have"
+        found.append(suite.Claim(text, more <= 4 * r["adapter bytes"] + thin, f"{more:,} more"))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(sys.modules[__name__])

@@ -104,8 +104,28 @@ def parameters(shape: Shape, layout: Layout, mesh: Mesh, dtype: Any) -> dict[str
     )
 
 
-def model(shape: Shape, layout: Layout, mesh: Mesh, *, unroll: bool = False) -> Any:
-    """``fn(params, stream)``: from embedded tokens ``(batch, length, width)`` to logits; blocks are rematerialised."""
+PRODUCTS = {
+    **dict.fromkeys("qkv", "btd,dhk->bthk"),
+    "o": "bthk,hkd->btd",
+    "gate": "btd,df->btf",
+    "up": "btd,df->btf",
+    "down": "btf,fd->btd",
+}
+"""What each kernel of a layer does to activations."""
+
+
+def dense(x: jax.Array, layer: Any, name: str) -> jax.Array:
+    """The product with one kernel of a layer."""
+    return jnp.einsum(PRODUCTS[name], x, layer[name])
+
+
+def model(
+    shape: Shape, layout: Layout, mesh: Mesh, *, unroll: bool = False, remat: bool = True, product: Any = dense
+) -> Any:
+    """``fn(params, stream)``: from embedded tokens ``(batch, length, width)`` to logits.
+
+    With ``remat``, blocks are rematerialised. ``product(x, layer, name)`` is every product with a kernel of a layer.
+    """
     stream = NamedSharding(mesh, P(layout.batch, layout.stream, None))
 
     def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
@@ -119,18 +139,19 @@ def model(shape: Shape, layout: Layout, mesh: Mesh, *, unroll: bool = False) -> 
         first, second = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
-    @jax.checkpoint
     def block(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
         y = norm(x, w["norm1"])
-        q, k, v = (jnp.einsum("btd,dhk->bthk", y, w[name]) for name in "qkv")
+        q, k, v = (product(y, w, name) for name in "qkv")
         mixed = jax.nn.dot_product_attention(rope(q), rope(k), v, is_causal=True)
-        x = lax.with_sharding_constraint(x + jnp.einsum("bthk,hkd->btd", mixed, w["o"]), stream)
+        x = lax.with_sharding_constraint(x + product(mixed, w, "o"), stream)
         y = norm(x, w["norm2"])
-        x = x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+        x = x + product(jax.nn.silu(product(y, w, "gate")) * product(y, w, "up"), w, "down")
         return lax.with_sharding_constraint(x, stream), None
 
+    layer = jax.checkpoint(block) if remat else block
+
     def fn(params: Any, x: jax.Array) -> jax.Array:
-        x, _ = lax.scan(block, x, params["layers"], unroll=shape.layers if unroll else 1)
+        x, _ = lax.scan(layer, x, params["layers"], unroll=shape.layers if unroll else 1)
         return norm(x, params["norm"]) @ params["head"]
 
     return fn

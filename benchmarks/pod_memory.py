@@ -1,18 +1,17 @@
 """What a training step of 8B and 70B parameters needs on each chip, as the compiler tells it: LoRA against full fine-tuning.
 
-    python -m benchmarks.pod_memory [--quick] [--target v5p] [--out memory.json]
+    python -m benchmarks.pod_memory [--quick] [--only 8B] [--out memory.json]
 
 Llama shapes, bf16 base, Adam; the step is traced, split and compiled for 8 or 256 chips, and never run: no weight is made. By default the
-compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``--target cpu`` takes as many simulated CPU devices, whose
-compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy of the weights and moments in
-fp32, LoRA factors and moments in fp32.
+compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``JLORA_TARGET`` names another kind (v5e, v6e), and ``cpu`` takes as
+many simulated CPU devices, whose compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy
+of the weights and moments in fp32, LoRA factors and moments in fp32.
 """
 
-import argparse
-import json
 import math
+import os
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from benchmarks import llama_shapes, measure
+from benchmarks import llama_shapes, measure, suite
 
 RANK, LENGTH = 16, 2048
+TITLE = "Memory of a training step on each chip of a pod, compiled and not run"
 LAYOUT = llama_shapes.Layout(inner="model", outer="data", batch="data")
 # Shape, chips, mesh (data, model), sequences a step.
 RUNS = {"8B, 8 chips": ("8B", (2, 4), 8), "70B, 256 chips": ("70B", (32, 8), 64)}
@@ -112,35 +112,47 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Memory of a training step on each chip of a pod, compiled and not run."
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model on 8 chips")
-    parser.add_argument("--target", default="v5p", help="a kind of TPU (v5e, v5p, v6e) or cpu")
-    parser.add_argument("--only", help="runs whose name contains this")
-    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
-    args = parser.parse_args(argv)
+def run(quick: bool, only: str = "") -> dict[str, Any]:
+    """Everything that is measured; quick, it is compiled for CPU devices."""
+    target = "cpu" if quick else os.environ.get("JLORA_TARGET", "v5p")
     llama_shapes.simulate(256)
-    length = 64 if args.quick else LENGTH
+    length = 64 if quick else LENGTH
     results: dict[str, Any] = {}
-    for name, (shape, mesh_shape, batch) in (QUICK if args.quick else RUNS).items():
-        if args.only and args.only not in name:
+    for name, (shape, mesh_shape, batch) in (QUICK if quick else RUNS).items():
+        if only not in name:
             continue
-        chips = llama_shapes.devices(args.target, math.prod(mesh_shape))
+        chips = llama_shapes.devices(target, math.prod(mesh_shape))
         mesh = Mesh(np.array(chips).reshape(mesh_shape), ("data", "model"))
-        results[name] = {
-            way: compiled(llama_shapes.SHAPES[shape], mesh, batch, length, way) for way in ("LoRA", "full fine-tuning")
-        }
+        for way in ("LoRA", "full fine-tuning"):
+            suite.progress(f"compiling for {target}: {name}, {way}")
+            results.setdefault(name, {})[way] = compiled(llama_shapes.SHAPES[shape], mesh, batch, length, way)
     shown = {name: [*run] for name, run in RUNS.items()}
-    about = {"target": args.target, "rank": RANK, "length": length, "runs": shown, "results": results}
-    if args.out:
-        args.out.write_text(json.dumps({**measure.environment(), **about}, indent=1) + "\n")
-    print(
-        f"Compiled for {args.target}, rank {RANK}, {length} tokens a sequence, mesh (data, model), blocks rematerialised.\n"
+    return {"target": target, "rank": RANK, "length": length, "runs": shown, "results": results}
+
+
+def tables(results: dict[str, Any]) -> list[suite.Table]:
+    note = (
+        f"compiled for {results['target']}, rank {results['rank']}, {results['length']} tokens a sequence, mesh (data, model), blocks "
+        "rematerialised"
     )
-    print(measure.table(HEADER, rows(about)))
+    return [suite.Table(TITLE, HEADER, rows(results), note)]
+
+
+def claims(results: dict[str, Any]) -> list[suite.Claim]:
+    """What docs/pod.md says of the state on each chip."""
+    found = []
+    for name, ways in results["results"].items():
+        lora = ways["LoRA"]
+        moments = lora["optimiser"] / lora["trained"]
+        found.append(
+            suite.Claim(
+                f"{name}: Adam keeps two moments of the factors and none of the base",
+                moments <= 2.01,
+                f"{moments:.3f} times",
+            )
+        )
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(sys.modules[__name__])

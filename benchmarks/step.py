@@ -1,284 +1,197 @@
-"""One gradient step of a transformer, six ways: what adapting it costs, and what training all of it does.
+"""One training step of five models, as it is done without jlora, with it, and by other libraries.
 
-    python -m benchmarks.step [--quick] [--out step.json]
+    python -m benchmarks.step [--quick] [--only MODEL] [--out step.json]
 
-All ways share one Flax model, one base and one batch, in fp32; those that adapt share the factors too, and their
-gradients are checked against each other before anything is timed. There is no optimiser: the ways part in the gradient.
-The floor is the gradient to the first activations with the base frozen: what any adapter of the first layer has to pay.
+Forward, backward and Adam in fp32, rank 8 on every linear map but embedding and classifier. All ways in JAX share one base and one batch;
+those that adapt share the factors too, and their gradients are compared before anything is timed. The floor is the gradient to the first
+activations with the base frozen: what any adapter of the first layer has to pay, if its own products and its optimiser cost nothing.
+PEFT runs transformers' own models of the same shapes on torch. Times are taken in turns, warm-up apart.
 """
 
-import argparse
-import dataclasses
-import json
+import os
 import statistics
 import sys
-from collections.abc import Callable
+import time
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+import numpy as np
 
 import jlora
-from benchmarks import measure
+from benchmarks import measure, models, suite, ways
+from benchmarks.ways import BEST, FLOOR, FULL, HAND
 
-RANK, ALPHA = 8, 16.0
-SCALE = ALPHA / RANK
+TITLE = "One training step, next to every other way"
 TOLERANCE = 1e-4  # on gradients, relative: rounding of fp32 in other orders of summation
+PEERS = ("torch", "peft", "transformers", "qwix")
+JLORA = "jlora"
 
 
-class Shape(NamedTuple):
-    """Of the model and its batch."""
-
-    blocks: int = 4
-    width: int = 512
-    heads: int = 8
-    vocab: int = 1000
-    batch: int = 8
-    length: int = 128
-
-
-QUICK = Shape(blocks=2, width=128, heads=4, length=32)
+def run(quick: bool, only: str = "") -> dict[str, Any]:
+    """Everything that is measured, raw, by model and way."""
+    rounds, repeats = (3, 1) if quick else (15, 3)
+    missing, found = suite.missing(PEERS), {}
+    for model in models.models(quick):
+        if only.lower() in model.name.lower():
+            found[model.name], unfit = one(model, rounds, repeats, torch=not missing.keys() & set(PEERS[:3]))
+            missing |= {f"{name}, {model.name}": why for name, why in unfit.items() if name not in missing}
+    return {"rank": ways.RANK, "jlora": jlora.__version__, "models": found, "missing": missing}
 
 
-# --- The model --------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Attention and MLP; ``linear(features, name=...)`` makes every layer with a kernel."""
-
-    heads: int
-    linear: Callable[..., nn.Module]
-
-    @nn.compact
-    def __call__(self, x):
-        *outer, width = x.shape
-        h = nn.LayerNorm()(x)
-        q, k, v = (self.linear(width, name=name)(h).reshape(*outer, self.heads, -1) for name in "qkv")
-        x = x + self.linear(width, name="o")(nn.dot_product_attention(q, k, v).reshape(x.shape))
-        h = nn.gelu(self.linear(4 * width, name="up")(nn.LayerNorm()(x)))
-        return x + self.linear(width, name="down")(h)
-
-
-class Transformer(nn.Module):
-    """Tokens to logits. ``body`` is all but the embedding."""
-
-    shape: Shape
-    linear: Callable[..., nn.Module] = partial(nn.Dense, use_bias=False)
-
-    def setup(self):
-        self.embed = nn.Embed(self.shape.vocab, self.shape.width)
-        self.blocks = [Block(self.shape.heads, self.linear) for _ in range(self.shape.blocks)]
-        self.norm = nn.LayerNorm()
-        self.head = self.linear(self.shape.vocab)
-
-    def body(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-    def __call__(self, tokens):
-        return self.body(self.embed(tokens))
-
-
-class LoRADense(nn.Module):
-    """LoRA as one writes it by hand: the kernel stays in ``params``, the factors are in a collection of their own.
-
-    Attributes:
-        features: Columns of the kernel.
-        flat: Take the adapter's products on matrices, ``(tokens, width)``, which XLA:CPU runs faster, most of all
-            backward; else on the activations as they come.
-    """
-
-    features: int
-    flat: bool
-
-    @nn.compact
-    def __call__(self, x):
-        *outer, width = x.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
-        a = self.variable("lora", "a", jnp.zeros, (width, RANK)).value
-        b = self.variable("lora", "b", jnp.zeros, (RANK, self.features)).value
-        if not self.flat:
-            return x @ kernel + SCALE * ((x @ a) @ b)
-        update = (x.reshape(-1, width) @ a) @ (SCALE * b)
-        return x @ kernel + update.reshape(*outer, self.features)
-
-
-# --- The ways to take the gradient ------------------------------------------------------------------------------------
-
-FULL, HAND = "full fine-tuning", "by hand, 2-D"
-
-
-class Way(NamedTuple):
-    """``logits(trained, params, tokens)``, to be differentiated for ``trained``."""
-
-    logits: Callable[[Any, Any, jax.Array], jax.Array]
-    trained: Any
-
-
-def by_layer(lora: Any) -> Any:
-    """jlora's tree of adapters, or of their gradients, as the modules see it: ``{block: {layer: {"a", "b"}}}``."""
-    return unflatten_dict({path.removesuffix("/kernel"): {"a": x.a, "b": x.b} for path, x in lora.items()}, sep="/")
-
-
-def make_ways(shape: Shape, params: Any, lora: Any, tokens: jax.Array) -> dict[str, Way]:
-    """Every way by its name in the table. ``lora`` is jlora's tree; the others get the same factors in theirs."""
-    model = Transformer(shape)
-
-    def plain(params, tokens):
-        return model.apply({"params": params}, tokens)
-
-    def by_hand(flat):
-        adapted = Transformer(shape, partial(LoRADense, flat=flat))
-        return lambda factors, params, tokens: adapted.apply({"params": params, "lora": factors}, tokens)
-
-    def formed(factors, params, tokens):
-        weights, factors = flatten_dict(params), flatten_dict(factors)
-        for layer in {path[:-1] for path in factors}:
-            weights[*layer, "kernel"] += SCALE * factors[*layer, "a"] @ factors[*layer, "b"]
-        return plain(unflatten_dict(weights), tokens)
-
-    def floor(x, params, tokens):
-        return model.apply({"params": params}, x, method="body")
-
-    apply = jlora.wrap(plain)
-    return {
-        FULL: Way(lambda trained, params, tokens: plain(trained, tokens), params),
-        "W + s·A·B formed": Way(formed, by_layer(lora)),
-        "by hand, 3-D": Way(by_hand(flat=False), by_layer(lora)),
-        HAND: Way(by_hand(flat=True), by_layer(lora)),
-        "jlora": Way(lambda lora, params, tokens: apply(params, lora, tokens), lora),
-        "floor": Way(floor, params["embed"]["embedding"][tokens]),
-    }
-
-
-def gradient(logits: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The gradient of the cross entropy for the first argument: ``(trained, params, tokens, labels)``."""
-
-    def loss(trained, params, tokens, labels):
-        picked = jnp.take_along_axis(nn.log_softmax(logits(trained, params, tokens)), labels[..., None], axis=-1)
-        return -jnp.mean(picked)
-
-    return jax.grad(loss)
-
-
-def setup(shape: Shape) -> tuple[dict[str, Way], tuple[Any, ...]]:
-    """The ways, and the arguments that their gradients share."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    tokens, labels = (jax.random.randint(key, (shape.batch, shape.length), 0, shape.vocab) for key in keys[:2])
-    model = Transformer(shape)
-    params = model.init(keys[2], tokens)["params"]
-    sites = jlora.sites(lambda params, tokens: model.apply({"params": params}, tokens), params, tokens)
-    lora = jlora.init(keys[3], params, sites, jlora.LoRA(rank=RANK, alpha=ALPHA, targets=".*/kernel"))
-    # A fresh B is zero, and so is then the gradient of A: nothing to compare.
-    lora = {path: dataclasses.replace(x, b=0.01 * jax.random.normal(keys[3], x.b.shape)) for path, x in lora.items()}
-    return make_ways(shape, params, lora, tokens), (params, tokens, labels)
-
-
-# --- Measuring --------------------------------------------------------------------------------------------------------
-
-
-def run(shape: Shape, rounds: int, repeats: int) -> dict[str, Any]:
-    """Everything that is measured, raw."""
-    ways, shared = setup(shape)
-    gradients = {name: (gradient(way.logits), (way.trained, *shared)) for name, way in ways.items()}
-    kernels = {x.shape for path, x in flatten_dict(shared[0]).items() if path[-1] == "kernel"}
-    results: dict[str, Any] = {name: {"trace": [], "lower": [], "compile": []} for name in ways}
+def one(model: models.Model, rounds: int, repeats: int, torch: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The measurements of one model, and the ways that do not fit it."""
+    s = ways.setup(model)
+    found, unfit = ways.ways(s)
+    programs = {name: ways.step(way, name) for name, way in found.items()}
+    results: dict[str, Any] = {name: {"trace": [], "lower": [], "compile": []} for name in found}
     compiled = {}
-    for i in range(repeats + 1):
-        for name, (fn, args) in gradients.items():
-            progress(f"compiling, pass {i} of {repeats}: {name}")
-            seconds, compiled[name] = measure.stages(fn, args)
-            for stage, value in seconds.items() if i > 0 else ():  # the first pass is warm-up
+    for _ in range(repeats):
+        for name, (fn, args) in programs.items():
+            suite.progress(f"{model.name}: compiling {name}")
+            seconds, compiled[name] = measure.stages(fn, (*args, s.labels))
+            for stage, value in seconds.items():
                 results[name][stage].append(value)
-    worst = check({name: compiled[name](*gradients[name][1]) for name in ways if name not in (FULL, "floor")})
-    progress(f"timing {rounds} rounds\n")
-    steps = measure.in_turns({name: partial(compiled[name], *args) for name, (_, args) in gradients.items()}, rounds)
-    for name, (fn, args) in gradients.items():
+    suite.progress(f"{model.name}: comparing gradients")
+    worst = check(found, s)
+    runs: dict[str, Any] = {name: partial(compiled[name], *args, s.labels) for name, (_, args) in programs.items()}
+    for name, (fn, args) in programs.items():
+        start = time.perf_counter()
+        jax.block_until_ready(runs[name]())
         results[name] |= {
-            "step": steps[name],
+            "first": time.perf_counter() - start,
             "flops": measure.flops(compiled[name]),
             **measure.memory(compiled[name]),
-            "created": measure.created(fn, args, kernels),
-            "trained": sum(x.size for x in jax.tree.leaves(args[0])),
+            "created": measure.created(fn, (*args, s.labels), s.kernels),
+            "trained": sum(x.size for x in jax.tree.leaves(found[name].trained)),
         }
-    forward = measure.created(ways[FULL].logits, (shared[0], *shared[:2]), kernels)
-    return {"ways": results, "created by the forward pass": forward, "worst difference of gradients": worst}
+    if torch:
+        runs |= _torch(model, s, results)
+    suite.progress(f"{model.name}: {rounds} rounds of {len(runs)} ways")
+    for name, samples in measure.in_turns(runs, rounds).items():
+        results[name]["step"] = samples
+    size = sum(x.size for x in jax.tree.leaves(s.params))
+    about = {"about": model.about, "parameters": size, "kernels": len(s.lora), "worst difference of gradients": worst}
+    return about | {"ways": results}, unfit
 
 
-def check(grads: dict[str, Any]) -> float:
+def _torch(model: models.Model, s: ways.Setup, results: dict[str, Any]) -> dict[str, Any]:
+    """Steps of PEFT, after their first run, which ``torch.compile`` compiles in."""
+    import torch
+
+    from benchmarks import peft_torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    runs = {}
+    for name, (step, sizes) in peft_torch.ways(model, np.asarray(s.x), np.asarray(s.labels)).items():
+        suite.progress(f"{model.name}: first step of {name}")
+        ours = {"parameters": sum(x.size for x in jax.tree.leaves(s.params)), "trained": results[JLORA]["trained"]}
+        if sizes != ours:
+            raise AssertionError(f"{name} adapts another model than the rest: {sizes}, not {ours}")
+        start = time.perf_counter()
+        step()
+        results[name] = {"trained": sizes["trained"], "first": time.perf_counter() - start}
+        runs[name] = step
+    return runs
+
+
+def check(found: dict[str, ways.Way], s: ways.Setup) -> float:
     """The largest relative difference of gradients that should be the same; raises if it is more than rounding."""
-    layers = {name: by_layer(g) if name == "jlora" else g for name, g in grads.items()}
-    differences = {name: measure.relative_difference(g, layers[HAND]) for name, g in layers.items()}
-    if max(differences.values()) > TOLERANCE:
-        raise AssertionError(f"The ways disagree about the gradient, so their costs cannot be compared: {differences}")
-    return max(differences.values())
-
-
-def report(ways: dict[str, Any]) -> str:
-    """Two tables: what was measured, and that relative to full fine-tuning and to LoRA by hand."""
-    rows, ratios = [], []
-    for name, way in ways.items():
-        milli = {key: 1e3 * statistics.median(way[key]) for key in ("trace", "lower", "compile", "step")}
-        low, _, high = (1e3 * x for x in statistics.quantiles(way["step"], n=4))
-        counts = ["-" if name == "floor" else f"{way['trained']:,}", f"{way['flops'] / 1e9:.2f}", str(way["created"])]
-        sizes = [f"{way[key] / 2**20:.1f}" for key in ("temporaries", "results")]
-        times = [f"{milli[key]:.0f}" for key in ("trace", "lower", "compile")]
-        steps = [f"{1e3 * min(way['step']):.1f}", f"{milli['step']:.1f}", f"{low:.1f} - {high:.1f}"]
-        rows.append([name, *counts, *sizes, *times, *steps])
-    for label, reference in (("full", ways[FULL]), ("by hand", ways[HAND])):
-        ratios += [[f"{name} / {label}", *(f"{x:.2f}" for x in relative(way, reference))] for name, way in ways.items()]
-    costs = ["trained", "GFLOP", "created", "temp MiB", "result MiB", "trace ms", "lower ms", "compile ms"]
-    header = ["", *costs, "step ms: least", "median", "middle half"]
-    titles = ["", "flops", "temp + result", "trace + lower", "step"]
-    return f"{measure.table(header, rows)}\n\n{measure.table(titles, ratios)}"
-
-
-def relative(way: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Flops, memory, seconds to trace and lower, and seconds of a step: of one way, relative to another.
-
-    Temporaries and results count together: XLA keeps temporaries in the room of results that are not made yet, so that
-    large results make the temporaries look small. Times are compared pass by pass, so that the machine's noise cancels.
-    """
-
-    def ratio(*keys):
-        sums = (map(sum, zip(*(w[key] for key in keys), strict=True)) for w in (way, other))
-        return statistics.median(x / y for x, y in zip(*sums, strict=True))
-
-    memory = [w["temporaries"] + w["results"] for w in (way, other)]
-    return [way["flops"] / other["flops"], memory[0] / memory[1], ratio("trace", "lower"), ratio("step")]
-
-
-def progress(message: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{message:60}", end="", file=sys.stderr, flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Costs of one gradient step: full fine-tuning, LoRA by hand, jlora.")
-    parser.add_argument("--quick", action="store_true", help="a small model: under a minute")
-    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
-    args = parser.parse_args(argv)
-    shape, rounds, repeats = (QUICK, 20, 2) if args.quick else (Shape(), 25, 5)
-    results = {
-        **measure.environment(),
-        "shape": shape._asdict(),
-        "rank": RANK,
-        "jlora": jlora.__version__,
-        **run(shape, rounds, repeats),
+    grads = {
+        name: way.factors(jax.jit(jax.grad(ways.loss(way)))(way.trained, way.rest, way.x, s.labels))
+        for name, way in found.items()
+        if way.factors
     }
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(", ".join(f"{key} {value}" for key, value in (results["versions"] | results["machine"]).items()))
-    print(f"{shape}, rank {RANK}, fp32, jlora {jlora.__version__}")
-    print(f"largest relative difference of the four LoRA gradients: {results['worst difference of gradients']:.0e}")
-    print(f"arrays of a kernel's shape made by the base's forward pass: {results['created by the forward pass']}\n")
-    print(report(results["ways"]))
+    worst = {name: measure.relative_difference(g, {k: grads[HAND][k] for k in g}) for name, g in grads.items()}
+    if max(worst.values()) > TOLERANCE:
+        raise AssertionError(f"The ways disagree about the gradient, so their costs cannot be compared: {worst}")
+    return max(worst.values())
+
+
+def held(way: dict[str, Any]) -> int:
+    """Bytes of temporaries and results together: XLA keeps temporaries in the room of results that are not made yet."""
+    return way["temporaries"] + way["results"]
+
+
+def tables(results: dict[str, Any]) -> list[suite.Table]:
+    """A table for each model: times as ratios to full fine-tuning and to the floor, round by round."""
+    found = []
+    for name, model in results["models"].items():
+        all_ways, rows = model["ways"], []
+        for way, r in all_ways.items():
+            full, floor = (suite.ratios(r["step"], all_ways[other]["step"]) for other in (FULL, FLOOR))
+            counts = ["-"] * 5
+            if "flops" in r:
+                compiling = (
+                    statistics.median(map(sum, zip(*(r[k] for k in keys), strict=True)))
+                    for keys in (("trace", "lower"), ("compile",))
+                )
+                base = all_ways[FULL]
+                counts = [
+                    f"{r['flops'] / base['flops']:.2f}",
+                    f"{held(r) / held(base):.2f}",
+                    str(r["created"]),
+                    *(f"{x:.2f}" for x in compiling),
+                ]
+            first = sum(statistics.median(r[k]) for k in ("trace", "lower", "compile") if k in r) + r["first"]
+            trained = "-" if way == FLOOR else f"{r['trained']:,}"
+            spread = f"{full[1]:.2f} ({full[0]:.2f}-{full[2]:.2f})"
+            rows.append(
+                [
+                    way,
+                    trained,
+                    f"{1e3 * statistics.median(r['step']):.1f}",
+                    spread,
+                    f"{floor[1]:.2f}",
+                    *counts,
+                    f"{first:.2f}",
+                ]
+            )
+        header = [
+            "",
+            "trained",
+            "step, ms",
+            "/ full (quartiles)",
+            "/ floor",
+            "flops / full",
+            "memory / full",
+            "created",
+            "trace+lower, s",
+            "compile, s",
+            "first step, s",
+        ]
+        about = f"{name}: {model['about']}, {model['parameters']:,} parameters, rank {results['rank']} on {model['kernels']} kernels"
+        note = (
+            "memory: temporaries and results; created: arrays of a kernel's shape that the step computes; the gradients differ by "
+            f"{model['worst difference of gradients']:.0e} at most"
+        )
+        found.append(suite.Table(about, header, rows, note))
+    return found
+
+
+def claims(results: dict[str, Any]) -> list[suite.Claim]:
+    """What README says of a step, in counts."""
+    found = []
+    for name, model in results["models"].items():
+        r = model["ways"]
+        ours, hand = r[JLORA], r.get(BEST, r[HAND])
+        flops, memory = ours["flops"] / hand["flops"], held(ours) / held(hand)
+        found += [
+            suite.Claim(f"{name}: as few flops as LoRA written by hand", flops <= 1.01, f"{flops:.3f}"),
+            suite.Claim(f"{name}: no more memory than LoRA written by hand", memory <= 1.02, f"{memory:.3f}"),
+            suite.Claim(
+                f"{name}: no array of a kernel's shape that the floor has not",
+                ours["created"] <= r[FLOOR]["created"],
+                f"{ours['created']}, floor {r[FLOOR]['created']}",
+            ),
+            suite.Claim(
+                f"{name}: fewer flops than full fine-tuning",
+                ours["flops"] < r[FULL]["flops"],
+                f"{ours['flops'] / r[FULL]['flops']:.2f}",
+            ),
+        ]
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(sys.modules[__name__])

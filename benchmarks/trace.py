@@ -8,8 +8,6 @@ with them). Times of both ways are taken in turns. ``jitted`` is a stack of one 
 evaluates once.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from benchmarks import measure
+from benchmarks import measure, suite
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # the model is the examples'
 import llama
@@ -87,12 +85,21 @@ def seconds(fn: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, float]:
     return {"trace": middle - start, "lower": time.perf_counter() - middle}
 
 
-def run(depths: tuple[int, ...], rounds: int) -> dict[str, Any]:
+TITLE = "Tracing and lowering, against depth"
+
+
+def run(quick: bool) -> dict[str, Any]:
     """Raw samples, by model, depth and program."""
+    depths, rounds = (QUICK, 1) if quick else (DEPTHS, 5)
     results: dict[str, Any] = {}
     for name, make in (("flax", flax_model), ("jitted", jitted_model)):
         for depth in depths:
+            suite.progress(f"{name}, {depth} layers")
             found = programs(*make(depth))
+            equations = {
+                program: sum(1 for _ in measure.equations(jax.make_jaxpr(fn)(*args)))
+                for program, (fn, args) in found.items()
+            }
             samples: dict[str, Any] = {program: {"trace": [], "lower": []} for program in found}
             for i in range(rounds + 1):
                 for program, call in found.items():
@@ -100,7 +107,9 @@ def run(depths: tuple[int, ...], rounds: int) -> dict[str, Any]:
                     for stage, value in measured.items() if i > 0 else ():  # the first round is warm-up
                         samples[program][stage].append(value)
             results.setdefault(name, {})[str(depth)] = samples
-    return results
+            for program, count in equations.items():
+                samples[program]["equations"] = count
+    return {"results": results}
 
 
 def total(samples: dict[str, list[float]]) -> float:
@@ -116,29 +125,31 @@ def growth(by_depth: dict[str, Any], program: str) -> float:
     return ((cost[high] - cost[middle]) / (high - middle)) / ((cost[middle] - cost[low]) / (middle - low))
 
 
-def report(results: dict[str, Any]) -> str:
-    """A table: seconds, and jlora's over plain."""
+def tables(results: dict[str, Any]) -> list[suite.Table]:
+    """Seconds, and jlora's over plain."""
     rows = []
-    for model, by_depth in results.items():
+    for model, by_depth in results["results"].items():
         for kind in ("forward", "gradient"):
             for depth, samples in by_depth.items():
                 plain, ours = (total(samples[f"{kind}, {way}"]) for way in ("plain", "jlora"))
                 rows.append([f"{model}, {kind}", depth, f"{plain:.2f}", f"{ours:.2f}", f"{ours / plain:.2f}"])
             laws = [f"{growth(by_depth, f'{kind}, {way}'):.2f}" for way in ("plain", "jlora")]
             rows.append([f"{model}, {kind}", "growth", *laws, ""])
-    return measure.table(["trace + lower, s", "layers", "plain", "jlora", "ratio"], rows)
+    note = "growth: seconds a layer in the deeper half over those in the shallower; 1 is linear"
+    return [suite.Table(TITLE, ["trace + lower, s", "layers", "plain", "jlora", "ratio"], rows, note)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="shallow models: some seconds")
-    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
-    args = parser.parse_args(argv)
-    results = run(QUICK, 1) if args.quick else run(DEPTHS, 5)
-    if args.out:
-        args.out.write_text(json.dumps(measure.environment() | {"results": results}, indent=1) + "\n")
-    print(report(results))
+def claims(results: dict[str, Any]) -> list[suite.Claim]:
+    """What the guide says, in equations of the program."""
+    found = []
+    for model, by_depth in results["results"].items():
+        counts = [by_depth[d]["gradient, jlora"].get("equations", 0) for d in by_depth]
+        depths = [int(d) for d in by_depth]
+        steps = [(b - a) / (n - m) for a, b, m, n in zip(counts, counts[1:], depths, depths[1:], strict=False)]
+        text = f"{model}: the program grows by the same for every layer"
+        found.append(suite.Claim(text, max(steps) <= 1.01 * min(steps), ", ".join(f"{x:.0f}" for x in steps)))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    suite.main(sys.modules[__name__])

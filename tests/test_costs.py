@@ -1,6 +1,7 @@
 """What the compiled program costs: flops, memory, compilations, values; counted, never timed."""
 
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -372,3 +373,37 @@ def test_identical_bodies_are_interpreted_once(transform, monkeypatch):
         return {name: seen.count(name) for name in ("dot_general", "sin")}
 
     assert steps(9) == steps(3) == {"dot_general": 2, "sin": 0}
+
+
+# --- handling of the tree ---------------------------------------------------------------------------------------------
+
+
+def bytecodes(fn):
+    """Instructions of Python's that ``fn()`` runs."""
+    seen = []
+
+    def trace(frame, event, arg):
+        frame.f_trace_opcodes = True
+        seen.append(event == "opcode")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        fn()
+    finally:
+        sys.settrace(None)
+    return sum(seen)
+
+
+def test_a_node_is_made_again_without_a_call_for_each_of_its_fields():
+    """Each call of a jitted step takes every adapter apart and makes it again, and its moments."""
+    n = 50
+    params = {f"{i}": jnp.ones((3, 5)) for i in range(n)}
+    sites = jlora.sites(lambda p, x: [x @ w for w in p.values()], params, jnp.ones((2, 3)))
+    for rule in (jlora.LoRA(rank=2, targets=".*"), jlora.Full(targets=".*")):
+        lora = jlora.init(jax.random.key(0), params, sites, rule)
+        leaves, structure = jax.tree.flatten(lora)
+        again = structure.unflatten(leaves)
+        assert all(vars(again[path])[name] is value for path, x in lora.items() for name, value in vars(x).items())
+        assert bytecodes(lambda structure=structure, lora=lora: structure.flatten_up_to(lora)) <= 30 * n
+        assert bytecodes(lambda structure=structure, leaves=leaves: structure.unflatten(leaves)) <= 30 * n

@@ -1,0 +1,219 @@
+"""Writes the benchmarks' part of README, ``docs/benchmarks.md`` and its pictures from the committed results; measures nothing.
+
+    python -m benchmarks.report [--check]
+
+With ``--check`` nothing is written, and it fails if the pages say anything else than the results.
+"""
+
+import argparse
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, suite
+from benchmarks.__main__ import NAMES
+from benchmarks.suite import ROOT
+
+RESULTS, README, PAGE = ROOT / "benchmarks" / "results", ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+PICTURES = ROOT / "docs" / "benchmarks"
+MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
+OURS, OTHERS = "#c0392b", "#7f8c8d"
+
+
+def latest(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest committed results of a benchmark."""
+    files = sorted(RESULTS.glob(f"{name}-*.json"), key=lambda path: path.stem[-10:])
+    return (files[-1], json.loads(files[-1].read_text())) if files else None
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where, when and with what: a figure means nothing without."""
+    devices = ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in results["machine"]["devices"].items())
+    kept = {k: v for k, v in results["versions"].items() if k in ("jax", "flax", "torch", "peft", "qwix", "libtpu")}
+    versions = ", ".join(f"{name} {version}" for name, version in kept.items())
+    return f"{results['date'][:10]}, {results['machine']['cores']} cores of {results['machine']['cpu']}, device: {devices}; {versions}"
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def readme(path: Path, results: dict[str, Any]) -> str:
+    """The table of a training step: time relative to full fine-tuning for every model, counts for the first."""
+    step = importlib.import_module("benchmarks.step")
+    names = list(results["models"])
+    first = results["models"][names[0]]["ways"]
+    ways = list(dict.fromkeys(way for model in results["models"].values() for way in model["ways"]))
+    rows = []
+    for way in ways:
+        cells = []
+        for name in names:
+            here = results["models"][name]["ways"]
+            cells.append(f"{suite.ratios(here[way]['step'], here[step.FULL]['step'])[1]:.2f}" if way in here else "-")
+        counts = ["-", "-"]
+        if "flops" in first[way]:
+            counts = [f"{first[way]['flops'] / first[step.FULL]['flops']:.2f}", str(first[way]["created"])]
+        bold = (lambda x: f"**{x}**") if way == step.JLORA else str
+        rows.append([bold(x) for x in (way, *cells, *counts)])
+    header = ["", *names, "flops", "arrays of a kernel's size"]
+    sizes = "; ".join(f"{name}: {model['about']}" for name, model in results["models"].items())
+    missing = "".join(f" Missing: {name} ({why})." for name, why in results["missing"].items() if "," not in name)
+    return (
+        f"{measure.markdown(header, rows)}\n\n"
+        f"One training step (forward, backward, Adam; fp32; rank {results['rank']}), time relative to full fine-tuning in the same run; "
+        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing} Measured {machine(results)}; "
+        f"`python -m benchmarks --only step` reproduces it ([samples]({path.relative_to(ROOT)})). [All benchmarks](docs/benchmarks.md).\n"
+    )
+
+
+def within(text: str, marks: tuple[str, str], content: str) -> str:
+    """``text`` with ``content`` between the marks."""
+    pattern = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise SystemExit(f"There must be one {marks[0]} with its end.")
+    return pattern.sub(lambda _: f"{marks[0]}\n{content}{marks[1]}", text)
+
+
+# --- docs/benchmarks.md -----------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Benchmarks
+
+Every figure is from one run of one script in [`benchmarks/`](../benchmarks), with its raw samples in
+[`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures
+all, `--quick` checks in two minutes what README and these pages claim in counts, and `python -m benchmarks.report` writes this page. What a
+full run compares with: `pip install -r benchmarks/requirements.txt`.
+"""
+
+
+def page() -> str:
+    parts = [INTRODUCTION]
+    for name in NAMES:
+        found = latest(name)
+        if found is None:
+            continue
+        path, results = found
+        module = importlib.import_module(f"benchmarks.{name}")
+        parts.append(f"## {module.TITLE}\n\n{about(module)}\n")
+        if name in FIGURES:
+            parts.append(f"![{module.TITLE}](benchmarks/{name}.png)\n")
+        for table in module.tables(results):
+            note = f"\n\n{table.note}" if table.note else ""
+            parts.append(f"**{table.title}**\n\n{measure.markdown(table.header, table.rows)}{note}\n")
+        gone = [f"Missing: {name} ({why})." for name, why in results.get("missing", {}).items()]
+        source = f"`python -m benchmarks.{name}`, {machine(results)} ([samples](../{path.relative_to(ROOT)}))."
+        parts.append("\n".join([*gone, source]) + "\n")
+    return "\n".join(parts)
+
+
+def about(module: Any) -> str:
+    """The module's docstring without its first line, and without the command."""
+    paragraphs = module.__doc__.strip().split("\n\n")
+    return "\n\n".join([paragraphs[0], *(p.strip() for p in paragraphs[1:] if not p.startswith("    python -m"))])
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def step_figure(plt: Any, results: dict[str, Any]) -> Any:
+    """Time of a step relative to full fine-tuning, a panel for each model, with quartiles."""
+    step = importlib.import_module("benchmarks.step")
+    models = results["models"]
+    figure, axes = plt.subplots(1, len(models), figsize=(3.1 * len(models), 3.6), sharey=True, layout="constrained")
+    ways = list(dict.fromkeys(way for model in models.values() for way in model["ways"]))
+    for ax, (name, model) in zip(axes if len(models) > 1 else [axes], models.items(), strict=True):
+        for i, way in enumerate(ways):
+            if way not in model["ways"]:
+                ax.text(0.03, i, "does not fit", va="center", fontsize=8, color=OTHERS)
+                continue
+            low, middle, high = suite.ratios(model["ways"][way]["step"], model["ways"][step.FULL]["step"])
+            spread = [[middle - low], [high - middle]]
+            ax.barh(i, middle, xerr=spread, color=OURS if way == step.JLORA else OTHERS, error_kw={"elinewidth": 1})
+            ax.text(high + 0.03, i, f"{middle:.2f}", va="center", fontsize=8)
+        ax.axvline(1.0, color="black", linewidth=0.6, linestyle=":")
+        ax.set_title(name, fontsize=10)
+        ax.set_xlim(
+            0, 1.25 * max(suite.ratios(w["step"], model["ways"][step.FULL]["step"])[2] for w in model["ways"].values())
+        )
+        ax.spines[["top", "right"]].set_visible(False)
+    first = axes[0] if len(models) > 1 else axes
+    first.set_yticks(range(len(ways)), ways)
+    first.invert_yaxis()
+    figure.supxlabel("time of a training step, full fine-tuning = 1", fontsize=9)
+    return figure
+
+
+def trace_figure(plt: Any, results: dict[str, Any]) -> Any:
+    """Seconds to trace and lower against depth."""
+    trace = importlib.import_module("benchmarks.trace")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for ax, (model, by_depth) in zip(axes, results["results"].items(), strict=True):
+        for kind, style in (("forward", "--"), ("gradient", "-")):
+            for way, color in (("plain", OTHERS), ("jlora", OURS)):
+                seconds = [trace.total(samples[f"{kind}, {way}"]) for samples in by_depth.values()]
+                ax.plot(
+                    [int(d) for d in by_depth],
+                    seconds,
+                    style,
+                    color=color,
+                    marker="o",
+                    markersize=3,
+                    label=f"{kind}, {way}",
+                )
+        ax.set(
+            title={"flax": "unrolled layers", "jitted": "one jitted block"}.get(model, model),
+            xlabel="layers",
+            ylim=(0, None),
+        )
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("trace and lower, s")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {"step": step_figure, "trace": trace_figure}
+
+
+def draw() -> None:
+    """Draws the pictures into ``docs/benchmarks/``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    PICTURES.mkdir(exist_ok=True)
+    for name, make in FIGURES.items():
+        found = latest(name)
+        if found is not None:
+            figure = make(plt, found[1])
+            figure.savefig(PICTURES / f"{name}.png", dpi=120, metadata={"Software": None})
+            plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the pages say something else")
+    args = parser.parse_args(argv)
+    found = latest("step")
+    if found is None:
+        raise SystemExit(
+            "There are no results of the step yet: python -m benchmarks --only step --out benchmarks/results"
+        )
+    wanted = {README: within(README.read_text(), MARKS, readme(*found)), PAGE: page()}
+    if args.check:
+        stale = [
+            path.relative_to(ROOT) for path, text in wanted.items() if not path.exists() or path.read_text() != text
+        ]
+        if stale:
+            raise SystemExit(
+                f"Not what the results say: {', '.join(map(str, stale))}. Run python -m benchmarks.report."
+            )
+        return
+    draw()
+    for path, text in wanted.items():
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The suite of benchmarks as a command: claims that fail are told, results are kept, pages are made of them. Nothing is timed."""
+
+import json
+import types
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import report, suite
+
+RESULTS = {"date": "2026-01-02T03:04:05+00:00", "machine": {"devices": {"cpu": 1}}, "value": 3}
+
+
+def module(holds):
+    return types.SimpleNamespace(
+        __doc__="What it is.\n\n    python -m benchmarks.thing\n\nHow.",
+        tables=lambda r: [suite.Table("Things", ["", "n"], [["a", str(r["value"])]], "a note")],
+        claims=lambda r: [suite.Claim("three things", holds, str(r["value"]))],
+        run=lambda quick: {"value": 3},
+    )
+
+
+def test_a_claim_that_fails_is_told(capsys):
+    assert suite.report(module(True), RESULTS)
+    assert "holds: three things [3]" in capsys.readouterr().out
+    assert not suite.report(module(False), RESULTS)
+    out = capsys.readouterr().out
+    assert "FAILS: three things [3]" in out
+    assert "a note" in out
+    with pytest.raises(SystemExit) as error:
+        suite.main(module(False), ["--quick"])
+    assert error.value.code == 1
+
+
+def test_results_go_to_a_file_or_to_one_each(tmp_path):
+    command.write(tmp_path / "all.json", {"thing": RESULTS})
+    assert json.loads((tmp_path / "all.json").read_text())["thing"]["value"] == 3
+    command.write(tmp_path, {"thing": RESULTS})
+    assert json.loads((tmp_path / "thing-cpu-2026-01-02.json").read_text()) == RESULTS
+    command.write(None, {"thing": RESULTS})
+
+
+def test_ratios_are_of_the_same_round_and_laws_are_slopes():
+    assert suite.ratios([2.0, 4.0, 60.0], [1.0, 2.0, 30.0]) == (2.0, 2.0, 2.0)
+    assert suite.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_pages_are_made_between_their_marks(tmp_path, monkeypatch):
+    text = f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter"
+    assert report.within(text, report.MARKS, "new\n") == text.replace("old", "new")
+    with pytest.raises(SystemExit, match="There must be one"):
+        report.within("nothing", report.MARKS, "new")
+    assert report.about(module(True)) == "What it is.\n\nHow."
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="no results of the step yet"):
+        report.main([])
+
+
+def test_what_is_missing_is_named():
+    assert suite.missing(["json"]) == {}
+    assert "pip install" in suite.missing(["no_such_package"])["no_such_package"]

@@ -35,19 +35,17 @@ NAMES = (
 )
 
 
-def measured(name: str, quick: bool) -> dict[str, Any]:
-    """The results of one benchmark, from a process of its own: its devices are its own, and so is its memory."""
+def measured(name: str, quick: bool) -> dict[str, Any] | None:
+    """The results of one benchmark, or ``None``, from a process of its own: its devices are its own, and so is its memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *(["--quick"] if quick else [])]
         # Of its output only progress and errors are shown: tables come at the end.
-        done = subprocess.run(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
-        if not out.exists():
-            raise SystemExit(f"benchmarks.{name} failed with exit status {done.returncode}: see above.")
-        return json.loads(out.read_text())
+        subprocess.run(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text()) if out.exists() else None
 
 
-def timed(name: str, quick: bool) -> tuple[dict[str, Any], float]:
+def timed(name: str, quick: bool) -> tuple[dict[str, Any] | None, float]:
     start = time.perf_counter()
     return measured(name, quick), time.perf_counter() - start
 
@@ -79,17 +77,25 @@ def main(argv: list[str] | None = None) -> None:
     # Where only counts matter, several at once; where times do, one after another.
     workers = min(4, os.cpu_count() or 1) if args.quick else 1
     results: dict[str, Any] = {}
+    broken: list[str] = []  # the others are kept
     with ThreadPoolExecutor(workers) as pool:
         started = {pool.submit(timed, name, args.quick): name for name in names}
         for i, future in enumerate(as_completed(started), 1):
-            results[started[future]], seconds = future.result()
-            print(f"[{i}/{len(names)}] {started[future]}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            name = started[future]
+            found, seconds = future.result()
+            print(f"[{i}/{len(names)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            if found is None:
+                broken.append(name)
+                continue
+            results[name] = found
             write(args.out, results)
+    names = [name for name in names if name in results]
     failed = [name for name in names if not suite.report(importlib.import_module(f"benchmarks.{name}"), results[name])]
     for name, why in left.items():
         print(f"not run: {name} ({why})")
-    if failed:
-        raise SystemExit(f"Claims fail: {', '.join(failed)}")
+    if failed or broken:
+        said = {"Claims fail": failed, "Ended with an error, see above": broken}
+        raise SystemExit("\n".join(f"{text}: {', '.join(which)}" for text, which in said.items() if which))
 
 
 def write(out: Path | None, results: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from benchmarks import measure, models, suite, ways
 from benchmarks.ways import BEST, FLOOR, FULL, HAND
 
 TITLE = "One training step, next to every other way"
-TOLERANCE = 1e-4  # on gradients, relative: rounding of fp32 in other orders of summation
+TOLERANCE = 2e-3  # on gradients, relative: rounding of fp32 in other orders of summation, most of all in convolutions
 PEERS = ("torch", "peft", "transformers", "qwix")
 JLORA = "jlora"
 

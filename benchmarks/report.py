@@ -6,6 +6,7 @@ With ``--check`` nothing is written, and it fails if the pages say anything else
 """
 
 import argparse
+import collections
 import importlib
 import json
 import re
@@ -31,7 +32,8 @@ def latest(name: str) -> tuple[Path, dict[str, Any]] | None:
 
 def machine(results: dict[str, Any]) -> str:
     """Where, when and with what: a figure means nothing without."""
-    devices = ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in results["machine"]["devices"].items())
+    kinds = collections.Counter(results["machine"]["devices"])  # earlier results list every device
+    devices = ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
     kept = {k: v for k, v in results["versions"].items() if k in ("jax", "flax", "torch", "peft", "qwix", "libtpu")}
     versions = ", ".join(f"{name} {version}" for name, version in kept.items())
     return f"{results['date'][:10]}, {results['machine']['cores']} cores of {results['machine']['cpu']}, device: {devices}; {versions}"

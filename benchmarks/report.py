@@ -84,7 +84,7 @@ INTRODUCTION = """# Benchmarks
 
 Every figure is from one run of one script in [`benchmarks/`](../benchmarks), with its raw samples in
 [`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures
-all, `--quick` checks in two minutes what README and these pages claim in counts, and `python -m benchmarks.report` writes this page. What a
+all, `--quick` checks what README and these pages claim in counts, and `python -m benchmarks.report` writes this page. What a
 full run compares with: `pip install -r benchmarks/requirements.txt`.
 """
 

@@ -109,7 +109,7 @@ def _scale_bar(plt: Any, ax: Any, mesh: Any, label: str, percent: bool) -> None:
 def _number(value: float, percent: bool) -> str:
     """A value in three digits, without an exponent where that is not too long."""
     value = 100 * value if percent else value
-    size = abs(value)
+    size = abs(float(f"{value:.2e}"))  # rounded: 0.9999 has the digits of 1
     if size and not 1e-4 <= size < 1e5:
         text = f"{value:.0e}"
     else:

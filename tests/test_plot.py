@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import jlora
 from jlora import algebra, plot
 from jlora._adapters import Fingerprint
+from jlora._plot_heat import _number
 
 
 def made(shapes, rank=3, skip=(), batch=None, seed=0):
@@ -271,6 +272,23 @@ def test_numbers_in_cells_are_true_beyond_the_colours():
     assert len(true) == 1
     assert true < set(notes(ax))
     assert len(notes(ax)) == 12
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.99999, "1.00"),
+        (-0.0302, "−0.0302"),
+        (2087.4, "2087"),
+        (12.345, "12.3"),
+        (3e-7, "3e−07"),
+        (2e6, "2e+06"),
+    ],
+)
+def test_numbers_have_three_digits(value, text):
+    assert _number(value, False) == text
+    assert _number(value / 100, True) == text + "%"
 
 
 def test_a_whole_group_of_larger_values_is_no_outlier():

@@ -34,7 +34,9 @@ TITLE = "Growth of costs with depth, rank, length, weights adapted and size of t
 JLORA, FULL, FLOOR = "jlora", "full fine-tuning", "floor"
 KERNELS = ("query", "value", "key", "out", "gate", "up", "down")
 MARGIN = 1.02  # of flops: what the limit leaves out is the scale of the factors and the sum of the two branches
-BESIDE = 2**11  # bytes that a saved adapter takes for each array beside its values: orbax keeps small arrays twice
+# Bytes that a saved adapter takes for each array beside its values. Arrays of at most 1 KiB are left out of this: orbax keeps them in
+# nodes of its index, which it writes again and again, how often depends on timing.
+BESIDE = 2**11
 
 
 class Point(NamedTuple):
@@ -76,7 +78,7 @@ QUICK = Plan(
     rounds=2,
     traces=1,
     layers=1,
-    widths=(64, 256),
+    widths=(128, 256),  # no factor is of 1 KiB or less: see BESIDE
     ranks=(4, 16),
     compiler={"xla_backend_optimization_level": 0},  # it is for counts, which are taken before code is made
 )
@@ -252,6 +254,7 @@ def measured_size(plan: Plan, width: int, rank: int) -> dict[str, Any]:
         "base bytes": nbytes(params),
         "factor bytes": nbytes(lora),
         "arrays": len(jax.tree.leaves(lora)),
+        "least array": min(x.nbytes for x in jax.tree.leaves(lora)),
         "written": size,
         "created": measure.created(
             lambda seed: adapter(params, sites, rank, seed),
@@ -437,8 +440,10 @@ def claims_of_sizes(results: dict[str, Any]) -> list[suite.Claim]:
     used = memory["temporaries"] + memory["results"] - memory["factor bytes"]
     return [
         suite.Claim(
-            f"save writes the factors and at most {BESIDE:,} bytes more for each array",
-            beyond <= BESIDE and least > 0.8,  # noise cannot be stored in much less
+            f"save writes the factors and at most {BESIDE:,} bytes more for each array, all above 1 KiB",
+            beyond <= BESIDE
+            and least > 0.8
+            and min(x["least array"] for x in sizes) > 2**10,  # noise cannot be stored in much less
             f"{beyond:,.0f} bytes, {least:.2f} of the factors at least",
         ),
         suite.Claim(

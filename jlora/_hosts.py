@@ -50,7 +50,7 @@ def together(check: Callable[[], None]) -> None:
     try:
         check()
     except Exception as e:  # whatever it is, the others must not wait for this process
-        mine, error = json.dumps([type(e).__name__, str(e)]), e
+        mine, error = json.dumps([_builtin(e), str(e)]), e
     if count() == 1:
         if error is not None:
             raise error
@@ -92,11 +92,15 @@ def agree(what: str, parts: Iterable[Any]) -> None:
         )
 
 
+def _builtin(error: Exception) -> str:
+    """The name of the built-in exception that ``error`` is or comes from: what other processes, who may not know it, can raise."""
+    name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == "builtins")
+    return "RuntimeError" if name == "Exception" else name
+
+
 def _kind(name: str) -> type[Exception]:
-    """The built-in exception of a name; what is not built in is a ``RuntimeError`` elsewhere."""
-    found = getattr(builtins, name, RuntimeError)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        return RuntimeError
+    """The built-in exception of a name."""
+    found: type[Exception] = getattr(builtins, name)
     return ValueError if issubclass(found, UnicodeError) else found  # those are not made of a message alone
 
 

@@ -5,12 +5,15 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 HEAD = """
     import sys
     import jax
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), initialization_timeout=60, heartbeat_timeout_seconds=20)
+    short = dict(initialization_timeout=60, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=20)
+    jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), **short)
     import jax.numpy as jnp, numpy as np, jlora
     from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
     me = jax.process_index()
@@ -56,14 +59,23 @@ def start(script, count, folder, devices=4):
 
 
 def outputs(processes, timeout=240):
-    """What each printed; raises if one failed."""
-    try:
-        found = [p.communicate(timeout=timeout)[0] for p in processes]
-    finally:
+    """What each printed; raises with it if one failed, without waiting for those that wait for that one."""
+    until = time.monotonic() + timeout
+    with ThreadPoolExecutor(len(processes)) as pool:  # a full pipe would stop a process that nobody reads
+        reading = [pool.submit(p.communicate) for p in processes]
+        while any(p.poll() is None for p in processes) and time.monotonic() < until:
+            if any(p.poll() for p in processes):
+                until = min(until, time.monotonic() + 10)
+            time.sleep(0.1)
         for p in processes:
             p.kill()
-    for i, (p, text) in enumerate(zip(processes, found, strict=True)):
-        assert p.returncode == 0, f"process {i} of {len(processes)}:\n{text[-4000:]}"
+        found = [r.result()[0] for r in reading]
+    wrong = [
+        f"process {i} ({p.returncode}):\n{t[-4000:]}"
+        for i, (p, t) in enumerate(zip(processes, found, strict=True))
+        if p.returncode
+    ]
+    assert not wrong, "\n".join(wrong)
     return found
 
 

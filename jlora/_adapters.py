@@ -4,11 +4,9 @@ An adapter is a registered pytree node, so that ``jax.grad``, optax and orbax se
 stands in the program where the leaf stood; the interpreter asks for no more, and does not know LoRA from any other kind.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import sha256
-from operator import attrgetter
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +15,10 @@ from jax import lax
 
 from jlora._factored import RANK, Branch, Factored
 
-T = TypeVar("T")
-
 
 def static(**default: Any) -> Any:
     """A field that is part of the tree's structure and not a leaf of it."""
     return field(metadata={"static": True}, **default)
-
-
-def register(cls: type[T]) -> type[T]:
-    """Registers a dataclass as a pytree node; its leaves are the fields that are not ``static``.
-
-    As ``jax.tree_util.register_dataclass`` does, but a node is made again without ``__init__``: that of a frozen dataclass makes a call
-    for every field, and each step makes every adapter again, its moments too. Makes one in half the time, and takes it apart in half as
-    much again; ``benchmarks.dispatch`` measures both.
-    """
-    data = tuple(f.name for f in fields(cls) if not f.metadata.get("static"))  # type: ignore[arg-type]
-    meta = tuple(f.name for f in fields(cls) if f.metadata.get("static"))  # type: ignore[arg-type]
-    names, keys = (*data, *meta), tuple(map(jax.tree_util.GetAttrKey, data))
-    leaves, structure = _getter(data), _getter(meta)
-
-    def flatten(node: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return leaves(node), structure(node)
-
-    def flatten_with_keys(node: T) -> tuple[Iterable[tuple[Any, Any]], tuple[Any, ...]]:
-        return tuple(zip(keys, leaves(node), strict=True)), structure(node)
-
-    def unflatten(structure: tuple[Any, ...], leaves: Iterable[Any]) -> T:
-        node = object.__new__(cls)
-        node.__dict__.update(zip(names, (*leaves, *structure), strict=True))
-        return node
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
-def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """What gives the attributes of ``names`` as a tuple, also if there is one only."""
-    get = attrgetter(*names)
-    return get if len(names) > 1 else lambda node: (get(node),)
 
 
 class Fingerprint:
@@ -139,7 +102,7 @@ class Adapter:
         return {name: getattr(self, name) for name in self.labels}
 
 
-@register
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank(Adapter):
     r"""A low-rank update $s\,A B$ of one leaf.
@@ -217,7 +180,7 @@ class LowRank(Adapter):
         return self.enter(shell, Branch(""), None).update()  # type: ignore[arg-type]  # only the shape is read
 
 
-@register
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullWeight(Adapter):
     """A leaf trained outright (a new head, a bias, a norm): it replaces the base's.

@@ -8,6 +8,7 @@ conditional layer keeps its weights factored. Nothing here names LoRA.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -17,18 +18,19 @@ from jax import lax
 from jlora import _jax
 from jlora._factored import Factored
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty
-from jlora._products import conv_general_dilated, dot_general, ragged_dot_general
+from jlora._products import Matrix, conv_general_dilated, dot_general, ragged_dot_general
 from jlora._views import join, view
 
 Eqn = Any
 
-RULES: dict[str, Callable[[Eqn, int, Sequence[Any], int], list[Any]]] = {
+RULES: dict[str, Callable[[Eqn, int, Sequence[Any], int, Matrix], list[Any]]] = {
     **dict.fromkeys(VIEWS, view),
     "dot_general": dot_general,
     "conv_general_dilated": conv_general_dilated,
     "ragged_dot_general": ragged_dot_general,
 }
-"""Evaluate one equation with one factored value, at a position among the values; the last argument numbers this use of the leaf."""
+"""Evaluate one equation with one factored value, at a position among the values, given the number of this use of the leaf and what
+makes a matrix of activations."""
 
 
 class DenseWeightError(ValueError):
@@ -53,13 +55,29 @@ class Interpreter:
         self.repeated: set[int] = set()  # identities of bodies that the program calls several times
         self.shared: dict[Any, Any] = {}  # those bodies, evaluated by a function that JAX traces once
         self.names: dict[str, str] = {}  # in a shared body: the leaf that each weight is in the call at hand
+        self.matrices: dict[
+            int, tuple[Any, dict[int, Any]]
+        ] = {}  # of the trace at hand: by identity, activations and their views
 
-    def run(self, program: _jax.Program, args: Sequence[Any]) -> list[Any]:
-        """Evaluates ``program`` on arrays and factored values; returns the same."""
+    def run(self, program: _jax.Program, args: Sequence[Any], inlined: bool = False) -> list[Any]:
+        """Evaluates ``program`` on arrays and factored values; returns the same.
+
+        Args:
+            program: What to evaluate.
+            args: Its arguments.
+            inlined: Whether it is part of the trace that its caller is in, and not the body of a transformation.
+        """
+        outer, self.matrices = self.matrices, self.matrices if inlined else {}
+        try:
+            return self._run(program, args)
+        finally:
+            self.matrices = outer
+
+    def _run(self, program: _jax.Program, args: Sequence[Any]) -> list[Any]:
         jaxpr, consts = program
         self.repeated.update(map(id, _jax.repeated(jaxpr)))
         env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-        last = _jax.last_uses(jaxpr)
+        last, given = _jax.last_uses(jaxpr), {*jaxpr.constvars, *jaxpr.invars}
 
         def read(atom: Any) -> Any:
             return atom.val if _jax.is_literal(atom) else env[atom]
@@ -71,7 +89,9 @@ class Interpreter:
             self.within.pop()
             env.update(zip(eqn.outvars, outs, strict=True))
             for v in {v for v in (*eqn.invars, *eqn.outvars) if not _jax.is_literal(v) and last.get(v) == index}:
-                del env[v]
+                value = env.pop(v)
+                if v not in given:  # an argument is still the caller's
+                    self.matrices.pop(id(value), None)
         return [read(v) for v in jaxpr.outvars]
 
     def step(self, eqn: Eqn, values: list[Any]) -> list[Any]:
@@ -96,7 +116,7 @@ class Interpreter:
                 return join(eqn, values) if any(isinstance(v, Factored) for v in values) else _jax.bind(eqn, values)
             if name in RULES and len(positions) == 1:
                 position = positions[0]
-                outs = RULES[name](eqn, position, values, self.count(values[position].branch.path))
+                outs = RULES[name](eqn, position, values, self.count(values[position].branch.path), self.matrix)
                 looked_up = name == "gather" and _jax.among(eqn.invars[1], self.data)
                 return [self.rows(out) for out in outs] if looked_up else outs
         except Dense as error:
@@ -139,6 +159,16 @@ class Interpreter:
             return value
         return value.rows(value.row, self.count(value.branch.path))
 
+    def matrix(self, x: Any, axes: int) -> Any:
+        """``x`` with its first ``axes`` made one: the same array for all products that ``x`` enters.
+
+        One for each would be kept for the backward pass for each, where JAX stacks what the steps of a scan keep.
+        """
+        _, views = self.matrices.setdefault(id(x), (x, {}))
+        if axes not in views:
+            views[axes] = x.reshape(prod(x.shape[:axes]), *x.shape[axes:])
+        return views[axes]
+
     def count(self, path: str) -> int:
         """The number of this use of a leaf."""
         self.used[path] = self.used.get(path, -1) + 1
@@ -177,12 +207,12 @@ def _jit(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     """Inlined, unless the same body is called several times; shardings that the inner ``jit`` fixed become constraints."""
     body, (ins, outs) = _jax.subprogram(eqn), _jax.jit_shardings(eqn)
 
-    def inside(values: list[Any]) -> list[Any]:
-        results = interp.run(body, [_constrain(v, s) for v, s in zip(values, ins, strict=True)])
+    def inside(values: list[Any], inlined: bool = False) -> list[Any]:
+        results = interp.run(body, [_constrain(v, s) for v, s in zip(values, ins, strict=True)], inlined)
         return [_constrain(v, s) for v, s in zip(results, outs, strict=True)]
 
     if id(body.jaxpr) not in interp.repeated or not _jax.is_staging():
-        return inside(values)
+        return inside(values, inlined=True)
     inside.__name__ = eqn.params.get("name", "call")
     return interp.call(body, (*ins, *outs), jax.jit, inside, values)
 

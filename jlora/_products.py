@@ -1,6 +1,6 @@
 """Products of activations with factored values, evaluated through the rank: matrices, groups of tokens, convolutions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,11 @@ from jlora import _jax
 from jlora._factored import RANK, Labels, arrange, contract, extend, mesh_axes
 from jlora._primitives import Dense, Eqn, ragged_use
 
+Matrix = Callable[[Any, int], Any]
+"""Of activations and a number: those with that many first axes made one."""
 
-def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+
+def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int, matrix: Matrix) -> list[Any]:
     r"""``x·W + (x·a)·b`` for any ``dot_general``: an axis of ``x`` takes the label of the axis of ``W`` it meets."""
     f, x = values[position], values[1 - position]
     contracted, batch = eqn.params["dimension_numbers"]
@@ -26,8 +29,14 @@ def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> lis
     out = (*batch[position], *(w_free + x_free if position == 0 else x_free + w_free))
     # The result decides: an axis that is summed over has no place in what the thin product leaves.
     specs = mesh_axes((x, ()), (y, out))
-    update = f.product(x, x_labels, out, y.shape, use, dtype=y.dtype, precision=_precision(eqn, position), specs=specs)
-    return [y + update]
+    shape = y.shape
+    if specs is None and len(x_free) > 1 and x_labels[: len(x_free)] == tuple(x_free):  # tokens of sequences are tokens
+        x, (first, *others) = matrix(x, len(x_free)), x_free
+        x_labels, out = (first, *x_labels[len(x_free) :]), tuple(d for d in out if d not in others)
+        sizes = dict(zip((*x_labels, *range(len(f.shape))), (*x.shape, *f.shape), strict=True))
+        shape = [sizes[d] for d in out]
+    how = {"dtype": y.dtype, "precision": _precision(eqn, position), "specs": specs}
+    return [y + f.product(x, x_labels, out, shape, use, **how).reshape(y.shape)]
 
 
 def _precision(eqn: Eqn, position: int) -> Any:
@@ -36,7 +45,7 @@ def _precision(eqn: Eqn, position: int) -> Any:
     return precision[::-1] if isinstance(precision, tuple) and position == 0 else precision
 
 
-def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int, _: Matrix) -> list[Any]:
     """A product of sorted tokens with the experts of their groups: one ragged product with each factor, through the rank."""
     x, f, sizes = values[:3]
     used = ragged_use(eqn, position)
@@ -94,7 +103,7 @@ def _ragged(
     return out, (*batch, *(d for d in xl if d not in shared), *(d for d in pl if d not in (*shared, group)))
 
 
-def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: int, _: Matrix) -> list[Any]:
     """A convolution with the factor that sums over the input features, then one with the other.
 
     The factor that has the spatial axes is convolved with the window of the base; the other is a 1x1 kernel. In a grouped convolution

@@ -14,7 +14,7 @@ from jlora._join import concatenated, padded, total
 from jlora._primitives import VIEWS, Dense, Eqn, gain_axes, is_weight, picked, regrouped, stacked
 
 
-def view(eqn: Eqn, position: int, values: Sequence[Any], use: int) -> list[Any]:
+def view(eqn: Eqn, position: int, values: Sequence[Any], *_: Any) -> list[Any]:
     """Applies a view primitive to the factored value at ``position``: to its base as it stands, to its factors axis by axis."""
     f: Factored = values[position]
     name = eqn.primitive.name

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.models import Model
-from benchmarks.ways import ALPHA, RANK
+from benchmarks.ways import ALPHA, FLOORS, RANK
 
 
 class Attention(nn.Module):
@@ -83,6 +83,20 @@ class ConvNet(nn.Module):
         return self.head(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
 
 
+class Floor(nn.Module):
+    """A frozen model whose first activations alone have a gradient: a number is added to them, and nothing else is trained."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.shift = nn.Parameter(torch.zeros(()))
+        first = next(m for m in module.modules() if isinstance(m, nn.Embedding | nn.Conv2d))
+        first.register_forward_hook(lambda _module, _inputs, outputs: outputs + self.shift)
+
+    def forward(self, x):
+        return self.module(x)
+
+
 class Logits(nn.Module):
     """A model of transformers, which returns a record, as a function to logits."""
 
@@ -146,33 +160,33 @@ def build(model: Model) -> tuple[nn.Module, str]:
 
 
 def ways(model: Model, x: np.ndarray, labels: np.ndarray) -> dict[str, tuple[Callable[[], Any], dict[str, int]]]:
-    """A training step of each way, forward, backward and Adam, and how many parameters there are and are trained."""
+    """A training step of each way, forward, backward and Adam, and how many parameters there are and are trained.
+
+    The floors are the gradient alone, as that of JAX is, and nothing of theirs is trained.
+    """
     torch.manual_seed(0)
     inputs = torch.tensor(x)
     if inputs.ndim == 4:
         inputs = inputs.permute(0, 3, 1, 2).contiguous()
     wanted = torch.tensor(labels).long()
 
-    def adapted():
-        module, targets = build(model)
-        size = sum(p.numel() for p in module.parameters())
-        module = get_peft_model(module, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).train()
-        trained = [p for p in module.parameters() if p.requires_grad]
-        return module, trained, {"parameters": size, "trained": sum(p.numel() for p in trained)}
-
-    def step(module, trained):
-        optimizer = torch.optim.Adam(trained, lr=1e-4)
-
+    def step(module, optimizer=None):
         def run():
-            optimizer.zero_grad(set_to_none=True)
+            module.zero_grad(set_to_none=True)
             logits = module(inputs)
             F.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1)).backward()
-            optimizer.step()
+            if optimizer is not None:
+                optimizer.step()
 
         return run
 
     found = {}
-    for name, wrapped in (("PEFT eager", lambda m: m), ("PEFT torch.compile", torch.compile)):
-        module, trained, sizes = adapted()
-        found[name] = (step(wrapped(module), trained), sizes)
+    for (name, floor), wrapped in zip(FLOORS.items(), (lambda m: m, torch.compile), strict=True):
+        module, targets = build(model)
+        size = sum(p.numel() for p in module.parameters())
+        adapted = get_peft_model(module, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)).train()
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        sizes = {"parameters": size, "trained": sum(p.numel() for p in trained)}
+        found[name] = step(wrapped(adapted), torch.optim.Adam(trained, lr=1e-4)), sizes
+        found[floor] = step(wrapped(Floor(build(model)[0]).train())), {"parameters": size, "trained": 0}
     return found

@@ -21,6 +21,8 @@ from benchmarks.models import NNX, Layer, Linen, Model, linen_layer
 RANK, ALPHA = 8, 16.0
 SCALE = ALPHA / RANK
 FULL, HAND, BEST, FLOOR = "full fine-tuning", "by hand", "by hand, 2-D", "floor"
+FLOORS = {"PEFT eager": "floor, torch eager", "PEFT torch.compile": "floor, torch.compile"}
+"""Of the ways in torch, the floors."""
 
 
 class Way(NamedTuple):

@@ -5,8 +5,8 @@
 Forward, backward and Adam in fp32, rank 8 on every linear map but embedding and classifier. All ways in JAX share one base and one batch;
 those that adapt share the factors too, and their gradients are compared before anything is timed. The floor is the gradient to the first
 activations with the base frozen: what any adapter of the first layer has to pay, if its own products and its optimiser cost nothing.
-PEFT runs transformers' own models of the same shapes on torch, which has floors of its own, so that one sees what is the adapter and what is the
-base. Times are taken in turns, warm-up apart.
+PEFT runs transformers' own models of the same shapes on torch, which has floors of its own, so that one sees what is the adapter and what
+is the base. Times are taken in turns, warm-up apart.
 """
 
 import os

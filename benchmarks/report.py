@@ -10,18 +10,17 @@ import collections
 import importlib
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, suite
 from benchmarks.__main__ import NAMES
+from benchmarks.pictures import FIGURES
 from benchmarks.suite import ROOT
 
 RESULTS, README, PAGE = ROOT / "benchmarks" / "results", ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 PICTURES = ROOT / "docs" / "benchmarks"
 MARKS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
-OURS, OTHERS = "#c0392b", "#7f8c8d"
 
 
 def latest(name: str) -> tuple[Path, dict[str, Any]] | None:
@@ -115,66 +114,7 @@ def about(module: Any) -> str:
     return "\n\n".join([paragraphs[0], *(p.strip() for p in paragraphs[1:] if not p.startswith("    python -m"))])
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def step_figure(plt: Any, results: dict[str, Any]) -> Any:
-    """Time of a step relative to full fine-tuning, a panel for each model, with quartiles."""
-    step = importlib.import_module("benchmarks.step")
-    models = results["models"]
-    figure, axes = plt.subplots(1, len(models), figsize=(3.1 * len(models), 3.6), sharey=True, layout="constrained")
-    ways = list(dict.fromkeys(way for model in models.values() for way in model["ways"]))
-    for ax, (name, model) in zip(axes if len(models) > 1 else [axes], models.items(), strict=True):
-        for i, way in enumerate(ways):
-            if way not in model["ways"]:
-                ax.text(0.03, i, "does not fit", va="center", fontsize=8, color=OTHERS)
-                continue
-            low, middle, high = suite.ratios(model["ways"][way]["step"], model["ways"][step.FULL]["step"])
-            spread = [[middle - low], [high - middle]]
-            ax.barh(i, middle, xerr=spread, color=OURS if way == step.JLORA else OTHERS, error_kw={"elinewidth": 1})
-            ax.text(high + 0.03, i, f"{middle:.2f}", va="center", fontsize=8)
-        ax.axvline(1.0, color="black", linewidth=0.6, linestyle=":")
-        ax.set_title(name, fontsize=10)
-        ax.set_xlim(
-            0, 1.25 * max(suite.ratios(w["step"], model["ways"][step.FULL]["step"])[2] for w in model["ways"].values())
-        )
-        ax.spines[["top", "right"]].set_visible(False)
-    first = axes[0] if len(models) > 1 else axes
-    first.set_yticks(range(len(ways)), ways)
-    first.invert_yaxis()
-    figure.supxlabel("time of a training step, full fine-tuning = 1", fontsize=9)
-    return figure
-
-
-def trace_figure(plt: Any, results: dict[str, Any]) -> Any:
-    """Seconds to trace and lower against depth."""
-    trace = importlib.import_module("benchmarks.trace")
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for ax, (model, by_depth) in zip(axes, results["results"].items(), strict=True):
-        for kind, style in (("forward", "--"), ("gradient", "-")):
-            for way, color in (("plain", OTHERS), ("jlora", OURS)):
-                seconds = [trace.total(samples[f"{kind}, {way}"]) for samples in by_depth.values()]
-                ax.plot(
-                    [int(d) for d in by_depth],
-                    seconds,
-                    style,
-                    color=color,
-                    marker="o",
-                    markersize=3,
-                    label=f"{kind}, {way}",
-                )
-        ax.set(
-            title={"flax": "unrolled layers", "jitted": "one jitted block"}.get(model, model),
-            xlabel="layers",
-            ylim=(0, None),
-        )
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("trace and lower, s")
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Any, dict[str, Any]], Any]] = {"step": step_figure, "trace": trace_figure}
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def draw() -> None:

@@ -18,18 +18,26 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+# Of the compiler, where only counts are taken, which it knows before it makes code.
+COUNTS_ONLY = {"xla_backend_optimization_level": 0}
+
 Samples = dict[str, list[float]]
 
 
-def stages(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[str, float], Any]:
-    """Seconds to trace, lower and compile ``fn(*args)`` with JAX's caches empty, and the compiled program."""
+def stages(
+    fn: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any] | None = None
+) -> tuple[dict[str, float], Any]:
+    """Seconds to trace, lower and compile ``fn(*args)`` with JAX's caches empty, and the compiled program.
+
+    ``options`` are the compiler's.
+    """
     jax.clear_caches()
     start = time.perf_counter()
     traced = jax.jit(fn).trace(*args)
     after_trace = time.perf_counter()
     lowered = traced.lower()
     after_lower = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(options and dict(options))
     end = time.perf_counter()
     return {"trace": after_trace - start, "lower": after_lower - after_trace, "compile": end - after_lower}, compiled
 
@@ -123,7 +131,11 @@ def relative_difference(tree: Any, other: Any) -> float:
 
 def environment() -> dict[str, Any]:
     """Date, machine and versions: what a number means nothing without."""
-    packages = [name for name in ("jax", "jaxlib", "flax", "numpy", "optax", "libtpu") if _is_installed(name)]
+    packages = [
+        name
+        for name in ("jax", "jaxlib", "flax", "numpy", "optax", "libtpu", "torch", "peft", "transformers", "qwix")
+        if _is_installed(name)
+    ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {

@@ -368,13 +368,11 @@ def conv(
 
 
 def models(quick: bool) -> list[Model]:
-    """All of them, or all of them small."""
+    """All of them, or one of each kind of layer, small."""
     if not quick:
         return [transformer(), llama(), bert(), vit(), conv()]
     return [
         transformer(blocks=2, width=128, count=4, length=32),
         llama(blocks=2, width=96, hidden=192, count=3, kv=1, vocab=512, length=32),
-        bert(blocks=2, width=64, hidden=128, count=4, vocab=512, batch=4, length=32),
-        vit(blocks=2, width=64, count=2, side=64, batch=2, classes=10),
         conv(widths=(16, 32), depth=1, side=16, batch=4),
     ]

@@ -27,34 +27,40 @@ TITLE = "One training step, next to every other way"
 TOLERANCE = 2e-3  # on gradients, relative: rounding of fp32 in other orders of summation, most of all in convolutions
 PEERS = ("torch", "peft", "transformers", "qwix")
 JLORA = "jlora"
+CLAIMED = (FULL, HAND, BEST, JLORA, FLOOR)
 
 
 def run(quick: bool, only: str = "") -> dict[str, Any]:
     """Everything that is measured, raw, by model and way."""
-    rounds, repeats = (3, 1) if quick else (15, 3)
+    rounds, repeats, options = (3, 1, measure.COUNTS_ONLY) if quick else (15, 3, {})
     missing, found = suite.missing(PEERS), {}
     for model in models.models(quick):
         if only.lower() in model.name.lower():
-            found[model.name], unfit = one(model, rounds, repeats, torch=not missing.keys() & set(PEERS[:3]))
+            torch = not missing.keys() & set(PEERS[:3])
+            few = quick and bool(found)  # peers are tried on the first model
+            found[model.name], unfit = one(model, rounds, repeats, options, torch and not few, few)
             missing |= {f"{name}, {model.name}": why for name, why in unfit.items() if name not in missing}
     return {"rank": ways.RANK, "jlora": jlora.__version__, "models": found, "missing": missing}
 
 
-def one(model: models.Model, rounds: int, repeats: int, torch: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The measurements of one model, and the ways that do not fit it."""
+def one(
+    model: models.Model, rounds: int, repeats: int, options: dict[str, Any], torch: bool, few: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The measurements of one model, and the ways that do not fit it; ``options`` are the compiler's, ``few``: only what is claimed."""
     s = ways.setup(model)
-    found, unfit = ways.ways(s)
+    found, unfit = ways.ways(s, peers=not few)
+    found = {name: way for name, way in found.items() if name in CLAIMED or not few}
     programs = {name: ways.step(way, name) for name, way in found.items()}
     results: dict[str, Any] = {name: {"trace": [], "lower": [], "compile": []} for name in found}
     compiled = {}
     for _ in range(repeats):
         for name, (fn, args) in programs.items():
             suite.progress(f"{model.name}: compiling {name}")
-            seconds, compiled[name] = measure.stages(fn, (*args, s.labels))
+            seconds, compiled[name] = measure.stages(fn, (*args, s.labels), options)
             for stage, value in seconds.items():
                 results[name][stage].append(value)
     suite.progress(f"{model.name}: comparing gradients")
-    worst = check(found, s)
+    worst = check(found, s, options)
     runs: dict[str, Any] = {name: partial(compiled[name], *args, s.labels) for name, (_, args) in programs.items()}
     for name, (fn, args) in programs.items():
         start = time.perf_counter()
@@ -96,10 +102,12 @@ def _torch(model: models.Model, s: ways.Setup, results: dict[str, Any]) -> dict[
     return runs
 
 
-def check(found: dict[str, ways.Way], s: ways.Setup) -> float:
+def check(found: dict[str, ways.Way], s: ways.Setup, options: dict[str, Any]) -> float:
     """The largest relative difference of gradients that should be the same; raises if it is more than rounding."""
     grads = {
-        name: way.factors(jax.jit(jax.grad(ways.loss(way)))(way.trained, way.rest, way.x, s.labels))
+        name: way.factors(
+            jax.jit(jax.grad(ways.loss(way)), compiler_options=options)(way.trained, way.rest, way.x, s.labels)
+        )
         for name, way in found.items()
         if way.factors
     }

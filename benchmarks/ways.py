@@ -132,8 +132,8 @@ def setup(model: Model) -> Setup:
     return Setup(model, params, x, labels, move)
 
 
-def ways(s: Setup) -> tuple[dict[str, Way], dict[str, str]]:
-    """Every way by its name, and those that are missing with the reason."""
+def ways(s: Setup, peers: bool = True) -> tuple[dict[str, Way], dict[str, str]]:
+    """Every way by its name, other libraries' only if asked, and those that are missing with the reason."""
     plain = Linen(s.model)
 
     def base(params, x):
@@ -157,7 +157,7 @@ def ways(s: Setup) -> tuple[dict[str, Way], dict[str, str]]:
     if any(layer.adapted and layer.kind == "dense" for layer in s.model.layers.values()):
         found[BEST] = Way(_by_hand(s.model, flat=True), hand, s.params, s.x, by_layer)
     missing = {}
-    for name, make in (("qwix", _qwix), ("nnx.LoRA", _nnx)):
+    for name, make in (("qwix", _qwix), ("nnx.LoRA", _nnx)) if peers else ():
         try:
             found[name] = make(s)
         except (ImportError, NotImplementedError) as error:

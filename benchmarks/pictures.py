@@ -31,7 +31,7 @@ def step_figure(plt: Any, results: dict[str, Any]) -> Any:
                 continue
             low, middle, high = suite.ratios(model["ways"][way]["step"], model["ways"][step.FULL]["step"])
             spread = [[middle - low], [high - middle]]
-            ax.barh(i, middle, xerr=spread, color=OURS if way == step.JLORA else OTHERS, error_kw={"elinewidth": 1})
+            ax.barh(i, middle, xerr=spread, color=_color(way), error_kw={"elinewidth": 1})
             ax.text(high + 0.03, i, f"{middle:.2f}", va="center", fontsize=8)
         ax.axvline(1.0, color="black", linewidth=0.6, linestyle=":")
         ax.set_title(name, fontsize=10)
@@ -42,6 +42,10 @@ def step_figure(plt: Any, results: dict[str, Any]) -> Any:
     axes[0].invert_yaxis()
     figure.supxlabel("time of a training step, full fine-tuning = 1", fontsize=9)
     return figure
+
+
+def _color(way: str) -> str:
+    return OURS if way == step.JLORA else BELOW if way in (step.FLOOR, *step.FLOORS.values()) else OTHERS
 
 
 def trace_figure(plt: Any, results: dict[str, Any]) -> Any:

@@ -64,9 +64,28 @@ def readme(path: Path, results: dict[str, Any]) -> str:
     return (
         f"{measure.markdown(header, rows)}\n\n"
         f"One training step (forward, backward, Adam; fp32; rank {results['rank']}), time relative to full fine-tuning in the same run; "
-        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing} Measured {machine(results)}; "
+        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing}\n\n"
+        f"{above_floors(step, results['models'])}\n\nMeasured {machine(results)}; "
         f"`python -m benchmarks --only step` reproduces it ([samples]({path.relative_to(ROOT)})). [All benchmarks](docs/benchmarks.md).\n"
     )
+
+
+def above_floors(step: Any, models: dict[str, Any]) -> str:
+    """What an adapter adds to its base, in each framework."""
+    pairs = {way: floor for way, floor in ((step.JLORA, step.FLOOR), *step.FLOORS.items())}
+    found = {
+        way: [suite.ratios(m["ways"][way]["step"], m["ways"][floor]["step"])[1] for m in models.values()]
+        for way, floor in pairs.items()
+        if all(way in m["ways"] for m in models.values())
+    }
+    said = "; ".join(f"{way} {', '.join(f'{x:.2f}' for x in ratios)}" for way, ratios in found.items())
+    text = (
+        "A floor is the frozen base alone, the gradient to its first activations: what an adapter costs is what a step takes above the "
+        f"floor of its own framework. Times that floor, model by model: {said}."
+    )
+    if all(ours <= x for ratios in found.values() for ours, x in zip(found[step.JLORA], ratios, strict=True)):
+        text += " Where PEFT is ahead, it is torch's base that is."
+    return text
 
 
 def within(text: str, marks: tuple[str, str], content: str) -> str:

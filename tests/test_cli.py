@@ -566,13 +566,65 @@ def test_extracting_an_embedding(here):
     base = base_of("llama", here)
     name = "model.embed_tokens.weight"
     after = tuned(base, lambda found: found.update({name: found[name] + low_rank((23, 24))}))
-    assert "may be an embedding" in call("extract", base, after, "a", "--rank", 3, code=2)
+    assert "may be embeddings" in call("extract", base, after, "a", "--rank", 3, code=2)
     call("extract", base, after, "a", "--rank", 3, "--embedding", name)
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in load_file(here / "a" / "adapter_model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
     assert "it is tied to the output head" in call(
         "extract", base, after, "b", "--rank", 3, "--embedding", name, code=2
     )
+    message = call("extract", base, after, "b", "--rank", 3, "--embedding", "embed_tokens", code=2)
+    assert "--embedding 'embed_tokens' matches no weight of the model" in message
+
+
+def two_models(here, *, config=None, bias=False, **shapes):
+    """A base and what was trained of it, of these weights, each with a bias or not."""
+    for name, shift in (("base", 0.0), ("after", 0.1)):
+        (here / name).mkdir()
+        found = {f"{k}.weight": np.ones(shape, np.float32) + shift * low_rank(shape) for k, shape in shapes.items()}
+        found |= {f"{k}.bias": np.zeros(shape[0], np.float32) for k, shape in shapes.items() if bias}
+        save_file(found, here / name / "model.safetensors")
+        (here / name / "config.json").write_text(json.dumps({"model_type": "mine"} | (config or {})))
+    return here / "base", here / "after"
+
+
+def test_a_table_and_a_linear_layer_are_not_guessed(here):
+    """They have the same tensors: names that linear layers have are taken, others have to be said."""
+    base, after = two_models(here, tok=(20, 8), ids=(5, 7), head=(3, 8), q_proj=(5, 8))
+    message = call("extract", base, after, "a", "--rank", 2, code=2)
+    assert "may be embeddings" in message
+    assert "'ids.weight' (5, 7), 'tok.weight' (20, 8)." in message
+    assert "--embedding 'ids.weight'" in message
+    call("extract", base, after, "a", "--rank", 2, "--embedding", "(tok|ids).weight")
+    keys = {k.removeprefix("base_model.model.") for k in load_file(here / "a" / "adapter_model.safetensors")}
+    assert {"tok.lora_embedding_A", "ids.lora_embedding_B", "head.lora_A.weight", "q_proj.lora_B.weight"} <= keys
+    call("extract", base, after, "b", "--rank", 2, "--embedding", "")
+    assert "base_model.model.tok.lora_A.weight" in load_file(here / "b" / "adapter_model.safetensors")
+
+
+def test_a_module_with_a_bias_is_no_table(here):
+    base, after = two_models(here, bias=True, embedder=(20, 8), ids=(5, 7))
+    assert {x["path"] for x in called("extract", base, after, "a", "--rank", 2)["sites"]} == {
+        "embedder.weight", "ids.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "reason"),
+    [
+        ({"head": (3, 8)}, {}, ""),
+        ({"head": (3, 8)}, {"tie_word_embeddings": True}, "it is tied to the output head"),
+        ({"q_proj": (5, 8)}, {"tie_word_embeddings": False}, ""),
+        ({"q_proj": (5, 8)}, {}, 'if it is not, put "tie_word_embeddings": false there'),
+    ],
+)
+def test_whether_a_table_is_tied_is_not_guessed(more, config, reason, here):
+    base, after = two_models(here, config=config, tok=(20, 8), **more)
+    arguments = ("extract", base, after, "a", "--rank", 2, "--embedding", "tok.weight")
+    if reason:
+        assert reason in call(*arguments, code=2)
+    else:
+        assert "tok.weight" in {x["path"] for x in called(*arguments)["sites"]}
 
 
 def test_extracting_from_checkpoints(here, own):

@@ -277,8 +277,13 @@ def _compared(path: str, x: Any, y: Any, params: Any, step: Callable[[str], None
     found = algebra.compare({path: x}, {path: y}, params)[path]
     out |= {"norm_one": _size(found.norm_one), "norm_two": _size(found.norm_two)}
     for name, angles in (("input_angle", found.input_angles), ("output_angle", found.output_angles)):
-        out[name] = None if angles is None else float(jnp.rad2deg(angles.max()))
+        out[name] = None if angles is None else _largest(np.asarray(angles))
     return out | {"cosine": float(found.cosine.min()), "difference": float(found.difference.max())}  # type: ignore[union-attr]
+
+
+def _largest(angles: np.ndarray) -> float | None:
+    """In degrees, of those that there are: directions that an update does not have make none."""
+    return None if np.isnan(angles).all() else float(np.rad2deg(np.nanmax(angles)))
 
 
 def _size(norms: Any) -> float:

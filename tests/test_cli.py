@@ -766,6 +766,15 @@ def test_diff(here, own):
     assert f"only in one: {MIX}" in call("diff", "less", "one", code=1)
 
 
+def test_diff_has_no_angles_of_directions_that_are_not_there(here, own):
+    call("resize", "one", "wide", "--rank", 3)
+    for site in called("diff", "wide", "wide")["sites"]:
+        assert site["input_angle"] < 1
+        assert site["output_angle"] < 1
+    jlora.save(here / "fresh", jlora.init(jax.random.key(0), PARAMS, SITES, jlora.LoRA(rank=2, targets=UP)))
+    assert called("diff", "fresh", "fresh")["sites"][0]["input_angle"] is None
+
+
 def test_diff_of_peft_and_of_whole_leaves(here):
     assert called("diff", PEFT / "bert", PEFT / "bert")["same"]
     shutil.copytree(PEFT / "bert", here / "b")

@@ -13,6 +13,7 @@ import typer
 from jlora import _cli_adapters as adapters
 from jlora import _cli_algebra as _cli_algebra
 from jlora import _cli_convert as _cli_convert
+from jlora import _cli_diff as _cli_diff
 from jlora import _cli_extract as extraction
 from jlora import _cli_merge as merging
 from jlora import _cli_weights as models

@@ -909,6 +909,45 @@ def test_diff_of_whole_leaves_with_their_base(here):
     assert called("diff", "low", "full", "--base", params, code=1)["sites"][0]["norm_one"] > 0
 
 
+def one_weight(folder, name, factors=None, value=None):
+    """A PEFT adapter of one weight: factors of it, or what stands for it, beside factors of another."""
+    tensors = {"other.lora_A.weight": np.ones((2, 3), np.float32), "other.lora_B.weight": np.ones((3, 2), np.float32)}
+    if factors is not None:
+        tensors |= {f"{name}.lora_A.weight": factors[0], f"{name}.lora_B.weight": factors[1]}
+    else:
+        tensors |= {f"{name}.weight": value}
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{k}": np.ascontiguousarray(x) for k, x in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["other", *([name] if factors else [])]}
+    config |= {"modules_to_save": None if factors else [name]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("shape", "conv1d"), [((5, 3), None), ((5, 5), ""), ((5, 5), "x.weight")])
+def test_diff_of_factors_and_a_whole_leaf_of_peft(shape, conv1d, here):
+    """The same update, as factors of (5, n) and whole: ``Conv1D`` has the transpose."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, shape[1])).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+    w = rng.normal(size=shape).astype(np.float32)
+    is_turned = conv1d == "x.weight"
+    one_weight(here / "low", "x", factors=(a, b))
+    one_weight(here / "full", "x", value=w + ((b @ a).T if is_turned else b @ a))
+    (here / "base").mkdir()
+    save_file({"x.weight": w, "other.weight": np.zeros((3, 3), np.float32)}, here / "base" / "model.safetensors")
+    more = () if conv1d is None else ("--conv1d", conv1d)
+    found = called("diff", "low", "full", "--base", "base", *more)
+    row = next(x for x in found["sites"] if x["path"] == "x.weight")
+    assert row["compared"] == "updates"
+    assert row["cosine"] == pytest.approx(1.0)
+    assert row["norm_two"] == pytest.approx(float(np.linalg.norm(b @ a)), rel=1e-4)
+    assert "trained outright: x.weight; --base BASE compares the updates" in call("diff", "low", "full", code=1)
+    if shape == (5, 5):
+        assert "may be (out, in), as nn.Linear has it" in call("diff", "low", "full", "--base", "base", code=2)
+
+
 def test_extract_says_what_it_keeps_whole(here):
     after = jax.tree.map(lambda x: x, PARAMS)
     after["params"]["layers"] = {"mix": PARAMS["params"]["layers"]["mix"] + 1}

@@ -1,7 +1,7 @@
 """``jlora info``, ``resize`` and ``combine``: adapters alone, without their base."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +21,11 @@ from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, se
 @command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
 def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     """Shows what an adapter adapts: shapes, ranks, scales, parameters, the norm and the effective rank of each update, its base."""
-    screen, found = Screen(json), adapters.open_adapter(adapter)
+    screen, added = Screen(json), adapters.added(adapter)
+    found = adapters.open_adapter(adapter, without=added)
     with progress("measure", len(found.lora), json) as step:
         sites = [_site(path, x, step) for path, x in found.lora.items()]
+    sites = sorted([*sites, *map(_added_site, added.values())], key=lambda s: str(s["path"])) if added else sites
     total = sum(site["parameters"] for site in sites)
     base: dict[str, Any] = {"name": found.about.get("base_model_name_or_path")}
     if found.format == "orbax":
@@ -61,9 +63,18 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     screen.document({**about, "about": found.about, "parameters": total, "sites": sites})
 
 
+def _described(path: str, kind: str, use: str, shape: Sequence[int], parameters: int) -> dict[str, Any]:
+    out = {"path": path, "kind": kind, "use": use, "shape": list(shape), "rank": None, "scale": None}
+    return out | {"parameters": parameters, "norm": None, "effective_rank": None}
+
+
+def _added_site(x: adapters.Added) -> dict[str, Any]:
+    """What is added to something of the base: its own shape, as that of the whole is not in the file."""
+    return _described(x.name, "added", x.use, x.shape, int(np.prod(x.shape, dtype=np.int64)))
+
+
 def _site(path: str, x: Any, step: Callable[[str], None]) -> dict[str, Any]:
-    out: dict[str, Any] = {"path": path, "kind": x.kind, "use": "whole", "shape": list(x.shape)}
-    out |= {"rank": None, "scale": None, "parameters": adapters.parameters(x), "norm": None, "effective_rank": None}
+    out = _described(path, x.kind, "whole", x.shape, adapters.parameters(x))
     if isinstance(x, LowRank):
         values = algebra.spectrum({path: x})[path]
         ranks = np.asarray(algebra.effective_rank(values)).tolist()
@@ -90,18 +101,25 @@ def resize(
         float | None,
         typer.Option(help="The lowest rank that keeps this share of each squared norm.", show_default=False),
     ] = None,
+    base: Base = None,
     dtype: Dtype = None,
     rank_pattern: Ranks = False,
     force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Changes the rank of an adapter: the closest update of a lower rank, or the same update with room to train."""
+    """Changes the rank of an adapter: the closest update of a lower rank, or the same update with room to train.
+
+    PEFT's trained tokens and biases of B need --base, and become whole tensors.
+    """
     screen = Screen(json)
     if (rank is None) == (energy is None):
         raise Refusal("Say either --rank or --energy.")
-    found = adapters.open_adapter(adapter)
-    out = adapters.free(out, found.format, force, [adapter])
+    form = adapters.format_of(_files.folder(adapter))
+    if base is not None and not adapters.added(adapter):
+        raise Refusal(f"{adapter} can be resized without its base.\n  Leave out --base.")
+    out = adapters.free(out, form, force, [adapter] if base is None else [adapter, base])
+    (found,), _, _ = _cli_base.open_all([adapter], base, form)
     low = {path: x for path, x in found.lora.items() if isinstance(x, LowRank)}
     if not low:
         raise Refusal("Every leaf of the adapter is trained outright: there is no rank to change.")

@@ -66,7 +66,7 @@ def merge(
     into an orbax checkpoint. Other files of BASE are copied; tells what rounding lost of each update.
     """
     screen, base, adapter = Screen(json), _files.folder(base), _files.folder(adapter)
-    kind = models.kind_of(base)
+    kind = models.kind_of(base, "The order of merge is: jlora merge BASE ADAPTER OUT.")
     _check_kinds(kind, adapters.format_of(adapter), to, base, adapter)
     if (rounding == "stochastic") != (seed is not None):
         raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
@@ -195,8 +195,9 @@ def extract(
     """Makes an adapter of what full fine-tuning did: of two models, the difference of each matrix truncated to a low rank."""
     screen, base, tuned = Screen(json), _files.folder(base), _files.folder(tuned)
     extraction.check(rank, energy)
-    kind = models.kind_of(base)
-    if models.kind_of(tuned) != kind:
+    order = "extract makes an adapter of two models: jlora extract BASE TUNED OUT."
+    kind = models.kind_of(base, order)
+    if models.kind_of(tuned, order) != kind:
         raise Refusal(f"Both models must be of one format.\n  got: {base} ({kind}) and {tuned}")
     is_peft = kind == "safetensors"
     if (is_peft and like is not None) or (not is_peft and (conv1d is not None or embedding is not None)):

@@ -52,7 +52,7 @@ class Values(Mapping[str, np.ndarray]):
 def open_base(path: Path, form: str) -> Any:
     """The base of adapters of a format: a PyTorch model, or the parameters of a checkpoint."""
     path = _files.folder(path)
-    kind = kind_of(path)
+    kind = kind_of(path, "--base takes the model that it is for.")
     if kind != {"peft": "safetensors", "orbax": "checkpoint"}[form]:
         wanted = "safetensors, under PyTorch's names" if form == "peft" else "an orbax checkpoint of parameters"
         raise Refusal(f"--base of adapters of this format ({form}) is {wanted}.\n  got: {path} ({kind})")

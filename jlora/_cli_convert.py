@@ -8,10 +8,16 @@ import typer
 from jlora import _cli_adapters as adapters
 from jlora import _cli_weights as models
 from jlora import _files, _paths, peft
+from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
 from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, command
 from jlora._cli_show import Refusal, Screen, dash, several, shape
+
+TELLS = (
+    "--base tells the axes of matrices named kernel alone. What tells all: --like ADAPTER (jlora's own, for the same base), or in Python\n"
+    "  jlora.save(folder, jlora.peft.load(peft_folder, jlora.sites(fn, params, x), names=...))."
+)
 
 
 @command(
@@ -86,13 +92,18 @@ def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> 
     values = None
     if base is not None:
         base = _files.folder(base)
-        if models.kind_of(base) != "checkpoint":
+        if models.kind_of(base, "--base takes the model that it is for.") != "checkpoint":
             raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
         values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
     shapes_only = values is not None and not adapters.needs_values(adapter)
     target = adapters.sites_like(_files.folder(like)) if like is not None else values
     params = None if like is None and shapes_only else values
-    lora = peft.load(adapter, target, names=names, params=params)
+    try:
+        lora = peft.load(adapter, target, names=names, params=params)
+    except Advised as error:
+        if error.need == "sites" and base is not None and like is None:
+            raise Refusal(f"{error.problem}\n  {TELLS}") from error
+        raise
     config = _files.read_json(adapter / "adapter_config.json")
     about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
     return Opened(adapter, "orbax", lora, about, "")

@@ -649,6 +649,11 @@ def test_extracting_is_refused(here):
     assert "the adapter would have no effect" in call("extract", base, base, "a", "--rank", 2, code=2)
     after = tuned(base, lambda found: found.pop("model.norm.weight"))
     assert "only in the base: model.norm.weight" in call("extract", base, after, "a", "--rank", 2, code=2)
+    for models in ((PEFT / "llama", base), (base, PEFT / "llama")):
+        message = call("extract", *models, "a", "--rank", 2, code=2)
+        assert (
+            "llama is an adapter, not a model.\n  extract makes an adapter of two models: jlora extract BASE" in message
+        )
     assert "--rank must be at least 1" in call("extract", base, after, "a", "--rank", 0, code=2)
     assert "--energy must be above 0" in call("extract", base, after, "a", "--rank", 1, "--energy", "nan", code=2)
     save_file({"model.norm.weight": np.ones(3, np.float32)}, after / "model.safetensors")
@@ -845,6 +850,8 @@ def test_converting_whole_kernels(here):
     message = call("convert", "p", "b", "--to", "orbax", "--names", "names.json", "--base", base, code=2)
     assert "How the axes of 'model.layers.0.mix.weight' lie here" in message
     assert "--like ADAPTER" in message
+    assert "--base tells the axes of matrices named kernel alone" in message
+    assert "jlora.save(folder, jlora.peft.load(" in message
 
 
 def test_errors_speak_of_options(here):
@@ -972,7 +979,10 @@ def test_biases_of_b_are_added_to_biases(here):
     save_file(found, file)
     config = json.loads((here / "a" / "adapter_config.json").read_text())
     (here / "a" / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
-    assert "--base BASE" in call("info", "a", code=2)
+    sites = {s["path"]: s for s in called("info", "a")["sites"]}
+    bias = sites["transformer.h.1.attn.c_attn.bias"]
+    assert (bias["use"], bias["shape"], bias["norm"]) == ("bias", [36], None)
+    assert sites["transformer.h.1.attn.c_attn.weight"]["norm"] > 0
     got = called("merge", base, "a", "out")
     name = "transformer.h.1.attn.c_attn.bias"
     assert name in got["replaced"]
@@ -980,6 +990,21 @@ def test_biases_of_b_are_added_to_biases(here):
     want = load_file(base / "model.safetensors")[name] + found[key] * config["lora_alpha"] / config["r"]
     np.testing.assert_allclose(load_file(here / "out" / "model.safetensors")[name], want, atol=1e-6)
     call("merge", base, "a", "bare", "--prefix", "transformer.=transformer.")
+
+
+def test_trained_tokens_without_and_with_their_base(here):
+    row = next(s for s in called("info", PEFT / "llama_tokens")["sites"] if s["use"] == "rows")
+    assert (row["path"], row["shape"], row["parameters"]) == ("model.embed_tokens.weight", [2, 24], 48)
+    assert re.search(r"embed_tokens.weight +rows +2×24 ", call("info", PEFT / "llama_tokens"))
+    assert "--base BASE" in call("resize", PEFT / "llama_tokens", "a", "--rank", 1, code=2)
+    base = base_of("llama_tokens", here)
+    call("resize", PEFT / "llama_tokens", "a", "--rank", 1, "--base", base)
+    rows = load_file(PEFT / "llama_tokens" / "adapter_model.safetensors")
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    table[[1, 9]] = next(x for key, x in rows.items() if "trainable_tokens" in key)
+    found = load_file(here / "a" / "adapter_model.safetensors")
+    np.testing.assert_allclose(found["base_model.model.model.embed_tokens.weight"], table, atol=1e-6)
+    assert "Leave out --base" in call("resize", PEFT / "llama", "b", "--rank", 1, "--base", base, code=2)
 
 
 def parameter_adapter(folder, shape, rank=2):
@@ -1062,6 +1087,13 @@ def test_nothing_is_written_into_what_is_read(here, own):
         message = call(*(here / read / "inside" if x == "OUT" else x for x in args), code=2)
         assert "inside lies inside" in message, i
         assert not (here / read / "inside").exists()
+
+
+def test_a_file_is_no_folder_to_write_into(here, own):
+    (here / "file").write_text("")
+    for out in ("file/a", "file/deep/a"):
+        message = call("resize", "one", out, "--rank", 1, code=2)
+        assert f"{here / 'file'} is a file, not a folder.\n  Choose another name." in message
 
 
 def test_nothing_is_replaced_by_accident(here, own):

@@ -227,6 +227,12 @@ def needs_values(path: Path) -> bool:
     return any(part_of(key).role not in ("a", "b") for key in open_tensors(path).header)
 
 
+def ranks_in_file(lora: Mapping[str, Adapter], form: Format, rank_pattern: bool) -> dict[str, int]:
+    """The ranks of factors as ``write`` leaves them: PEFT's are padded to one."""
+    ranks = {path: x.rank for path, x in lora.items() if isinstance(x, LowRank)}
+    return dict.fromkeys(ranks, max(ranks.values())) if ranks and form == "peft" and not rank_pattern else ranks
+
+
 class Added(NamedTuple):
     """What a PEFT adapter has of something that only the base has whole: ``rows`` of a table, or what is added to a ``bias``."""
 

@@ -16,6 +16,7 @@ from jlora._adapters import LowRank
 from jlora._cli_adapters import Writing
 from jlora._cli_options import Adapter, Base, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._cli_show import rank as rank_cell
 
 
 @command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
@@ -132,8 +133,11 @@ def resize(
             step(path)
     adapters.write(out, found._replace(lora=lora), Writing(force, dtype, rank_pattern))
     ranks = {path: x.rank for path, x in lora.items() if isinstance(x, LowRank)}
-    sites: list[dict[str, Any]] = [{"path": p, "before": low[p].rank, "rank": ranks[p], "energy": kept[p]} for p in low]
-    rows = [(s["path"], str(s["before"]), str(s["rank"]), percent(s["energy"])) for s in sites]
+    padded = adapters.ranks_in_file(lora, found.format, rank_pattern)
+    sites: list[dict[str, Any]] = [
+        {"path": p, "before": low[p].rank, "rank": ranks[p], "rank_in_file": padded[p], "energy": kept[p]} for p in low
+    ]
+    rows = [(s["path"], str(s["before"]), rank_cell(s["rank"], s["rank_in_file"]), percent(s["energy"])) for s in sites]
     screen.table(("weight", "rank before", "rank", "energy kept"), rows, right=(1, 2, 3))
     screen.note(f"{several(len(lora), 'weight')} written to {out} ({found.format})")
     if found.format == "peft" and not rank_pattern and len({s["rank"] for s in sites}) > 1:
@@ -192,12 +196,18 @@ def combine(
         lora = algebra.combine([x.lora for x in found], numbers, params=params, **options)
         step("")
     adapters.write(out, found[0]._replace(lora=lora, about=about), Writing(force, dtype, rank_pattern))
+    padded = adapters.ranks_in_file(lora, found[0].format, rank_pattern)
     origin = {path: [i for i, x in enumerate(found) if path in x.lora] for path in paths}
     sites: list[dict[str, Any]] = [
-        {"path": p, "rank": getattr(x, "rank", None), "of": origin[p]} for p, x in lora.items()
+        {"path": p, "rank": getattr(x, "rank", None), "rank_in_file": padded.get(p), "of": origin[p]}
+        for p, x in lora.items()
     ]
     rows = [
-        (s["path"], "whole" if s["rank"] is None else str(s["rank"]), ", ".join(found[i].path.name for i in s["of"]))
+        (
+            s["path"],
+            "whole" if s["rank"] is None else rank_cell(s["rank"], s["rank_in_file"]),
+            ", ".join(found[i].path.name for i in s["of"]),
+        )
         for s in sites
     ]
     screen.table(("weight", "rank", "of"), rows, right=(1,))

@@ -4,6 +4,7 @@ What these do is in ``_cli_merge.py``, ``_cli_extract.py`` and the library; here
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from jlora._cli_base import Values
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
 from jlora._cli_show import Refusal, Screen, number, percent, progress, several, shape
+from jlora._cli_show import rank as rank_cell
 from jlora._fold import Fold
 
 
@@ -217,16 +219,22 @@ def extract(
         found = extraction.extract(pairs, leaves, extraction.Wanted(rank, energy, rest), step)
     made = Opened(out, "peft" if is_peft else "orbax", found.lora, about, "")
     adapters.write(out, made, Writing(force, dtype, rank_pattern))
-    _show_extracted(screen, out, made, found)
+    _show_extracted(screen, out, made, found, adapters.ranks_in_file(found.lora, made.format, rank_pattern))
 
 
-def _show_extracted(screen: Screen, out: Path, made: Opened, found: extraction.Found) -> None:
+def _show_extracted(
+    screen: Screen, out: Path, made: Opened, found: extraction.Found, padded: Mapping[str, int]
+) -> None:
     sites: list[dict[str, Any]] = [
-        {"path": path, "shape": list(x.shape), "rank": x.rank, "energy": found.kept[path], "norm": found.norms[path]}
+        {"path": path, "shape": list(x.shape), "rank": x.rank, "rank_in_file": padded[path]}
+        | {"energy": found.kept[path], "norm": found.norms[path]}
         for path, x in found.lora.items()
         if isinstance(x, LowRank)
     ]
-    rows = [(s["path"], shape(s["shape"]), str(s["rank"]), percent(s["energy"]), number(s["norm"])) for s in sites]
+    rows = [
+        (s["path"], shape(s["shape"]), rank_cell(s["rank"], s["rank_in_file"]), percent(s["energy"]), number(s["norm"]))
+        for s in sites
+    ]
     rows += [(path, shape(found.lora[path].shape), "-", "whole", "-") for path in found.whole]
     screen.table(("weight", "shape", "rank", "energy kept", "norm"), rows, right=(2, 3, 4))
     squares = [s["norm"] ** 2 for s in sites]

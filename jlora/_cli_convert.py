@@ -33,6 +33,9 @@ def convert(
         Path | None, typer.Option(help="JSON: path or pattern of paths -> name in PyTorch, or {name, layout, ...}.")
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="To peft: the name of the base, for who loads it.")] = None,
+    base_folder: Annotated[
+        Path | None, typer.Option(help="To peft: PEFT's base, safetensors that names and shapes are compared with.")
+    ] = None,
     task_type: Annotated[str | None, typer.Option(help="To peft: such as CAUSAL_LM.")] = None,
     like: Annotated[
         Path | None, typer.Option(help="An adapter of jlora's for the same base, which knows its axes.")
@@ -51,23 +54,38 @@ def convert(
     screen, adapter = Screen(json), _files.folder(adapter)
     if adapters.format_of(adapter) == to:
         raise Refusal(f"{adapter} is {to} already.")
-    inputs = [adapter, *(p for p in (like, base) if p is not None)]
+    inputs = [adapter, *(p for p in (like, base, base_folder) if p is not None)]
     out = adapters.free(out, to, force, inputs)
     table = adapters.names_of(names)
     written: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
-    written |= {"base_model": base_model, "task_type": task_type}
+    written |= {"base_model": base_model, "base_folder": base_folder, "task_type": task_type}
     if to == "peft":
         made = _to_peft(adapter, out, names=table, like=like, base=base, **written)
     else:
-        if base_model is not None or task_type is not None or rank_pattern:
-            raise Refusal("--base-model, --task-type and --rank-pattern are for --to peft.")
+        if any(x is not None for x in (base_model, base_folder, task_type)) or rank_pattern:
+            raise Refusal("--base-model, --base-folder, --task-type and --rank-pattern are for --to peft.")
         made = _to_own(adapter, table, like, base)
         adapters.write(out, made, Writing(force, dtype))
     rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
     screen.table(("weight", "shape", "rank"), rows, right=(2,))
     screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
     sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
-    screen.document({"out": str(out), "format": to, "sites": sites})
+    document: dict[str, Any] = {"out": str(out), "format": to, "sites": sites}
+    if to == "peft":
+        _show_names(screen, names, base_folder)
+        document |= {"names": None if names is None else str(names)}
+        document |= {"compared_with": None if base_folder is None else str(base_folder)}
+    screen.document(document)
+
+
+def _show_names(screen: Screen, names: Path | None, base_folder: Path | None) -> None:
+    """Where PyTorch's names are from, and whether any base was asked for them."""
+    if names is None:
+        screen.note("names: made of the paths (jlora.peft.default_name), as no --names said others")
+    if base_folder is None:
+        screen.note("names were not compared with PEFT's base; --base-folder FOLDER does, before anything is written")
+    else:
+        screen.note(f"names and shapes are those of {base_folder}")
 
 
 def _to_peft(adapter: Path, out: Path, *, like: Path | None, base: Path | None, **options: Any) -> Opened:

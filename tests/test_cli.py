@@ -466,6 +466,29 @@ def test_names_are_checked(text, message, here, own):
     assert not (here / "p").exists()
 
 
+def test_names_that_no_base_was_asked_for_are_told(here, own):
+    (here / "names.json").write_text(json.dumps(NAMES))
+    text = call("convert", "one", "a", "--to", "peft")
+    assert "names: made of the paths" in text
+    assert "names were not compared with PEFT's base; --base-folder FOLDER" in text
+    found = called("convert", "one", "b", "--to", "peft", "--names", "names.json")
+    assert (found["names"], found["compared_with"]) == ("names.json", None)
+    base = base_of("llama", here)
+    message = call("convert", "one", "c", "--to", "peft", "--base-folder", base, code=2)
+    assert f"do not fit the base at {base}" in message
+    assert not (here / "c").exists()
+    tensors, _ = jlora.peft.read(here / "a")
+    save_file({p: np.zeros(x.shape, np.float32) for p, x in tensors.items()}, here / "whole.safetensors")
+    (here / "torch").mkdir()
+    (here / "whole.safetensors").rename(here / "torch" / "model.safetensors")
+    assert "names and shapes are those of torch" in call(
+        "convert", "one", "c", "--to", "peft", "--base-folder", "torch"
+    )
+    assert "--base-folder" in call(
+        "convert", "a", "d", "--to", "orbax", "--base-folder", "torch", "--like", "one", code=2
+    )
+
+
 def test_converting_is_refused(here, own):
     call("convert", "one", "p", "--to", "peft", "--names", (here / "n.json").write_text(json.dumps(NAMES)) and "n.json")
     message = call("convert", "p", "back", "--to", "orbax", code=2)
@@ -681,9 +704,13 @@ def test_resizing_peft(here):
     same_updates({p: again[p] for p in want}, want)
     assert "classifier.weight" in again
     assert {x["rank"] for x in found["sites"]} == {1, 2}
+    assert {x["rank_in_file"] for x in found["sites"]} == {2}
     assert {x.rank for x in again.values() if isinstance(x, jlora.LowRank)} == {2}
-    assert "padded with zeros to rank 2" in call("resize", PEFT / "bert", "small", "--energy", 0.8, "--force")
-    call("resize", PEFT / "bert", "patterns", "--energy", 0.8, "--rank-pattern")
+    text = call("resize", PEFT / "bert", "small", "--energy", 0.8, "--force")
+    assert "padded with zeros to rank 2" in text
+    assert "1 (2 in the file)" in text
+    found = called("resize", PEFT / "bert", "patterns", "--energy", 0.8, "--rank-pattern")
+    assert all(x["rank_in_file"] == x["rank"] for x in found["sites"])
     again, _ = jlora.peft.read(here / "patterns")
     assert {x.rank for x in again.values() if isinstance(x, jlora.LowRank)} == {1, 2}
 

@@ -1,6 +1,6 @@
 """Adapters as the command line knows them: folders of jlora's own format or of PEFT's, opened, brought together and written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,11 +68,17 @@ def _has(path: Path, kind: str) -> bool:
     return any((path / mark).exists() for mark in MARKS[kind])
 
 
-def open_adapter(path: Path, values: Mapping[str, Any] | None = None) -> Opened:
-    """Reads an adapter of either format, all of it checked; ``values`` are those of the base, under PyTorch's names."""
+def open_adapter(path: Path, values: Mapping[str, Any] | None = None, without: Collection[str] = ()) -> Opened:
+    """Reads an adapter of either format, all of it checked.
+
+    Args:
+        path: Its folder.
+        values: Of the base, under PyTorch's names.
+        without: Tensors of PEFT's to leave out.
+    """
     path = _files.folder(path)
     if format_of(path) == "peft":
-        lora, _ = peft.read(path, params=values)
+        lora, _ = peft._read(path, {} if values is None else values, without=without)
         config = _files.read_json(path / _peft_config.FILE)
         about = {name: config[name] for name in ABOUT if isinstance(config.get(name), str)}
         return Opened(path, "peft", lora, about, f"PEFT {about.get('peft_version', '')}".strip())
@@ -219,6 +225,37 @@ def sites_like(path: Path) -> Sites:
 def needs_values(path: Path) -> bool:
     """Whether a PEFT adapter has more than factors: whole weights are compared with the base, rows are put into it."""
     return any(part_of(key).role not in ("a", "b") for key in open_tensors(path).header)
+
+
+def ranks_in_file(lora: Mapping[str, Adapter], form: Format, rank_pattern: bool) -> dict[str, int]:
+    """The ranks of factors as ``write`` leaves them: PEFT's are padded to one."""
+    ranks = {path: x.rank for path, x in lora.items() if isinstance(x, LowRank)}
+    return dict.fromkeys(ranks, max(ranks.values())) if ranks and form == "peft" and not rank_pattern else ranks
+
+
+class Added(NamedTuple):
+    """What a PEFT adapter has of something that only the base has whole: ``rows`` of a table, or what is added to a ``bias``."""
+
+    name: str
+    use: str
+    shape: tuple[int, ...]
+
+
+def added(path: Path) -> dict[str, Added]:
+    """By their keys, the tensors of an adapter that are changes of what the base has."""
+    path = _files.folder(path)
+    if format_of(path) != "peft":
+        return {}
+    header = open_tensors(path).header
+    parts = {key: part_of(key) for key in header}
+    own = {part.module for part in parts.values() if part.role == "bias"}  # has the bias that B's is added to
+    found = {}
+    for key, part in parts.items():
+        if part.role == "tokens":
+            found[key] = Added(part.name, "rows", header[key].shape)
+        elif part.role == "b_bias" and part.module not in own:
+            found[key] = Added(f"{part.module}.bias", "bias", header[key].shape)
+    return found
 
 
 def parameters(x: Adapter) -> int:

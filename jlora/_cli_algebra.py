@@ -1,7 +1,7 @@
-"""``jlora info``, ``resize``, ``combine`` and ``diff``: adapters alone, without their base."""
+"""``jlora info``, ``resize`` and ``combine``: adapters alone, without their base."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,18 +12,21 @@ import typer
 
 from jlora import _cli_adapters as adapters
 from jlora import _cli_base, _files, algebra
-from jlora._adapters import FullWeight, LowRank
+from jlora._adapters import LowRank
 from jlora._cli_adapters import Writing
 from jlora._cli_options import Adapter, Base, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
-from jlora._cli_show import DIFFERENT, Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._cli_show import rank as rank_cell
 
 
 @command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
 def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     """Shows what an adapter adapts: shapes, ranks, scales, parameters, the norm and the effective rank of each update, its base."""
-    screen, found = Screen(json), adapters.open_adapter(adapter)
+    screen, added = Screen(json), adapters.added(adapter)
+    found = adapters.open_adapter(adapter, without=added)
     with progress("measure", len(found.lora), json) as step:
         sites = [_site(path, x, step) for path, x in found.lora.items()]
+    sites = sorted([*sites, *map(_added_site, added.values())], key=lambda s: str(s["path"])) if added else sites
     total = sum(site["parameters"] for site in sites)
     base: dict[str, Any] = {"name": found.about.get("base_model_name_or_path")}
     if found.format == "orbax":
@@ -61,9 +64,18 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     screen.document({**about, "about": found.about, "parameters": total, "sites": sites})
 
 
+def _described(path: str, kind: str, use: str, shape: Sequence[int], parameters: int) -> dict[str, Any]:
+    out = {"path": path, "kind": kind, "use": use, "shape": list(shape), "rank": None, "scale": None}
+    return out | {"parameters": parameters, "norm": None, "effective_rank": None}
+
+
+def _added_site(x: adapters.Added) -> dict[str, Any]:
+    """What is added to something of the base: its own shape, as that of the whole is not in the file."""
+    return _described(x.name, "added", x.use, x.shape, int(np.prod(x.shape, dtype=np.int64)))
+
+
 def _site(path: str, x: Any, step: Callable[[str], None]) -> dict[str, Any]:
-    out: dict[str, Any] = {"path": path, "kind": x.kind, "use": "whole", "shape": list(x.shape)}
-    out |= {"rank": None, "scale": None, "parameters": adapters.parameters(x), "norm": None, "effective_rank": None}
+    out = _described(path, x.kind, "whole", x.shape, adapters.parameters(x))
     if isinstance(x, LowRank):
         values = algebra.spectrum({path: x})[path]
         ranks = np.asarray(algebra.effective_rank(values)).tolist()
@@ -90,18 +102,25 @@ def resize(
         float | None,
         typer.Option(help="The lowest rank that keeps this share of each squared norm.", show_default=False),
     ] = None,
+    base: Base = None,
     dtype: Dtype = None,
     rank_pattern: Ranks = False,
     force: Force = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Changes the rank of an adapter: the closest update of a lower rank, or the same update with room to train."""
+    """Changes the rank of an adapter: the closest update of a lower rank, or the same update with room to train.
+
+    PEFT's trained tokens and biases of B need --base, and become whole tensors.
+    """
     screen = Screen(json)
     if (rank is None) == (energy is None):
         raise Refusal("Say either --rank or --energy.")
-    found = adapters.open_adapter(adapter)
-    out = adapters.free(out, found.format, force, [adapter])
+    form = adapters.format_of(_files.folder(adapter))
+    if base is not None and not adapters.added(adapter):
+        raise Refusal(f"{adapter} can be resized without its base.\n  Leave out --base.")
+    out = adapters.free(out, form, force, [adapter] if base is None else [adapter, base])
+    (found,), _, _ = _cli_base.open_all([adapter], base, form)
     low = {path: x for path, x in found.lora.items() if isinstance(x, LowRank)}
     if not low:
         raise Refusal("Every leaf of the adapter is trained outright: there is no rank to change.")
@@ -114,8 +133,11 @@ def resize(
             step(path)
     adapters.write(out, found._replace(lora=lora), Writing(force, dtype, rank_pattern))
     ranks = {path: x.rank for path, x in lora.items() if isinstance(x, LowRank)}
-    sites: list[dict[str, Any]] = [{"path": p, "before": low[p].rank, "rank": ranks[p], "energy": kept[p]} for p in low]
-    rows = [(s["path"], str(s["before"]), str(s["rank"]), percent(s["energy"])) for s in sites]
+    padded = adapters.ranks_in_file(lora, found.format, rank_pattern)
+    sites: list[dict[str, Any]] = [
+        {"path": p, "before": low[p].rank, "rank": ranks[p], "rank_in_file": padded[p], "energy": kept[p]} for p in low
+    ]
+    rows = [(s["path"], str(s["before"]), rank_cell(s["rank"], s["rank_in_file"]), percent(s["energy"])) for s in sites]
     screen.table(("weight", "rank before", "rank", "energy kept"), rows, right=(1, 2, 3))
     screen.note(f"{several(len(lora), 'weight')} written to {out} ({found.format})")
     if found.format == "peft" and not rank_pattern and len({s["rank"] for s in sites}) > 1:
@@ -164,7 +186,7 @@ def combine(
         raise Refusal(f"The method {method} needs the share of entries to keep: --density 0.5.")
     form = adapters.check_same_format(given)
     out = adapters.free(out, form, force, given if base is None else [*given, base])
-    found, params = _opened(given, base, form)
+    found, params, _ = _cli_base.open_all(given, base, form)
     about = _common([x.about for x in found], base_model, "base_model_name_or_path" if len(found) > 1 else "")
     key = None if seed is None else jax.random.key(seed)
     options: dict[str, Any] = {"method": method, "rank": rank, "density": density, "key": key}
@@ -174,25 +196,24 @@ def combine(
         lora = algebra.combine([x.lora for x in found], numbers, params=params, **options)
         step("")
     adapters.write(out, found[0]._replace(lora=lora, about=about), Writing(force, dtype, rank_pattern))
+    padded = adapters.ranks_in_file(lora, found[0].format, rank_pattern)
     origin = {path: [i for i, x in enumerate(found) if path in x.lora] for path in paths}
     sites: list[dict[str, Any]] = [
-        {"path": p, "rank": getattr(x, "rank", None), "of": origin[p]} for p, x in lora.items()
+        {"path": p, "rank": getattr(x, "rank", None), "rank_in_file": padded.get(p), "of": origin[p]}
+        for p, x in lora.items()
     ]
     rows = [
-        (s["path"], "whole" if s["rank"] is None else str(s["rank"]), ", ".join(found[i].path.name for i in s["of"]))
+        (
+            s["path"],
+            "whole" if s["rank"] is None else rank_cell(s["rank"], s["rank_in_file"]),
+            ", ".join(found[i].path.name for i in s["of"]),
+        )
         for s in sites
     ]
     screen.table(("weight", "rank", "of"), rows, right=(1,))
     screen.note(f"{several(len(sites), 'weight')} written to {out} ({found[0].format})")
     document = {"out": str(out), "format": found[0].format, "method": method, "weights": numbers}
     screen.document({**document, "inputs": [str(x.path) for x in found], "sites": sites})
-
-
-def _opened(given: list[Path], base: Path | None, form: str) -> tuple[list[adapters.Opened], Any]:
-    """The adapters, and what of the base they need."""
-    whole = None if base is None else _cli_base.open_base(base, form)
-    found = adapters.open_several(given, whole if form == "peft" else None)
-    return found, _cli_base.values_of(whole, found)
 
 
 def _numbers(text: str | None, count: int) -> list[float]:
@@ -221,80 +242,3 @@ def _common(abouts: list[dict[str, Any]], base_model: str | None, name: str) -> 
     same = {k: v for k, v in abouts[0].items() if all(x.get(k) == v for x in abouts)}
     chosen = base_model or next(iter(bases), None)
     return same | ({} if chosen is None else {"base_model_name_or_path": chosen})
-
-
-@command("jlora diff one two", "jlora diff one two --tol 1e-3 --json")
-def diff(
-    one: Annotated[Path, typer.Argument(metavar="ONE", help="Folder of an adapter.", show_default=False)],
-    two: Annotated[Path, typer.Argument(metavar="TWO", help="Of one in the same format.", show_default=False)],
-    tol: Annotated[float, typer.Option(help="The relative difference up to which updates count as the same.")] = 1e-5,
-    base: Base = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> int:
-    """Compares two adapters of one base, weight by weight. Exit code 0: the same within --tol; 1: they differ.
-
-    cosine: of the updates; difference: relative to the first; angles: the largest principal angles, in degrees, of the spaces that
-    the updates read from and write to. A weight that one of them lacks has no update there: a norm of 0. Of leaves trained outright
-    the values are compared, with --base their updates.
-    """
-    screen = Screen(json)
-    if not 0 <= tol < float("inf"):
-        raise Refusal(f"--tol must be a number from 0 up.\n  got: {tol}")
-    found, params = _opened([one, two], base, adapters.check_same_format([one, two]))
-    first, second = (x.lora for x in found)
-    paths = list(dict.fromkeys([*first, *second]))
-    with progress("compare", len(paths), json) as step:
-        sites = [_compared(path, first.get(path), second.get(path), params, step) for path in paths]
-    alone = [[path for path in a if path not in b] for a, b in ((first, second), (second, first))]
-    same = not any(alone) and all(s["difference"] <= tol for s in sites)
-    columns = ("norm_one", "norm_two", "cosine", "difference", "input_angle", "output_angle")
-    rows = [(s["path"], s["compared"], *(number(s[c]) for c in columns)) for s in sites]
-    screen.table(("weight", "compared", *(c.replace("_", " ") for c in columns)), rows, right=tuple(range(2, 8)))
-    for path, names in zip((one, two), alone, strict=True):
-        for name in names:
-            screen.note(f"only in {path}: {name}")
-    worst = max((s["difference"] for s in sites), default=0.0)
-    screen.note(f"{'the same' if same else 'they differ'}: at most {number(worst)}, where {number(tol)} is allowed")
-    screen.document({"same": same, "tol": tol, "sites": sites, "only_in_one": alone[0], "only_in_two": alone[1]})
-    return 0 if same else DIFFERENT
-
-
-def _compared(path: str, x: Any, y: Any, params: Any, step: Callable[[str], None]) -> dict[str, Any]:
-    """The worst of all slices: of the updates, or where these are not known of the values."""
-    step(path)
-    out: dict[str, Any] = {"path": path, "compared": "updates", "norm_one": None, "norm_two": None, "cosine": None}
-    out |= {"difference": None, "input_angle": None, "output_angle": None}
-    there = [a for a in (x, y) if a is not None]
-    kinds = {type(a) for a in there}
-    if FullWeight in kinds and (params is None or (len(kinds) > 1 and there[0].base.partial)):
-        return out | _values_compared(path, x, y)
-    if len(there) < 2:
-        size = _size(algebra.norms({path: there[0]}, params)[path])
-        sizes = (size, 0.0) if y is None else (0.0, size)
-        apart = 0.0 if size == 0 else (1.0 if y is None else float("inf"))
-        return out | {"norm_one": sizes[0], "norm_two": sizes[1], "cosine": 0.0, "difference": apart}
-    found = algebra.compare({path: x}, {path: y}, params)[path]
-    out |= {"norm_one": _size(found.norm_one), "norm_two": _size(found.norm_two)}
-    for name, angles in (("input_angle", found.input_angles), ("output_angle", found.output_angles)):
-        out[name] = None if angles is None else float(jnp.rad2deg(angles.max()))
-    return out | {"cosine": float(found.cosine.min()), "difference": float(found.difference.max())}  # type: ignore[union-attr]
-
-
-def _size(norms: Any) -> float:
-    return float(jnp.linalg.norm(jnp.reshape(norms, -1)))
-
-
-def _values_compared(path: str, x: Any, y: Any) -> dict[str, Any]:
-    """Of leaves trained outright, without their base. A value differs from any update, and from none."""
-    values = [np.asarray(a.value, np.float64) if isinstance(a, FullWeight) else None for a in (x, y)]
-    one, two = values
-    sizes = [None if v is None else float(np.linalg.norm(v)) for v in values]
-    out: dict[str, Any] = {"compared": "values", "norm_one": sizes[0], "norm_two": sizes[1], "difference": float("inf")}
-    if one is None or two is None:
-        return out
-    if one.shape != two.shape:
-        raise Refusal(f"The adapters are for different shapes of '{path}': {one.shape} and {two.shape}.")
-    size, apart = float(np.linalg.norm(one)), float(np.linalg.norm(one - two))
-    relative = apart / size if size > 0 else (float("inf") if apart > 0 else 0.0)
-    return out | {"difference": relative}

@@ -4,6 +4,7 @@ What these do is in ``_cli_merge.py``, ``_cli_extract.py`` and the library; here
 """
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import typer
 from jlora import _cli_adapters as adapters
 from jlora import _cli_algebra as _cli_algebra
 from jlora import _cli_convert as _cli_convert
+from jlora import _cli_diff as _cli_diff
 from jlora import _cli_extract as extraction
 from jlora import _cli_merge as merging
 from jlora import _cli_weights as models
@@ -23,6 +25,7 @@ from jlora._cli_base import Values
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
 from jlora._cli_show import Refusal, Screen, number, percent, progress, several, shape
+from jlora._cli_show import rank as rank_cell
 from jlora._fold import Fold
 
 
@@ -65,7 +68,7 @@ def merge(
     into an orbax checkpoint. Other files of BASE are copied; tells what rounding lost of each update.
     """
     screen, base, adapter = Screen(json), _files.folder(base), _files.folder(adapter)
-    kind = models.kind_of(base)
+    kind = models.kind_of(base, "The order of merge is: jlora merge BASE ADAPTER OUT.")
     _check_kinds(kind, adapters.format_of(adapter), to, base, adapter)
     if (rounding == "stochastic") != (seed is not None):
         raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
@@ -194,8 +197,9 @@ def extract(
     """Makes an adapter of what full fine-tuning did: of two models, the difference of each matrix truncated to a low rank."""
     screen, base, tuned = Screen(json), _files.folder(base), _files.folder(tuned)
     extraction.check(rank, energy)
-    kind = models.kind_of(base)
-    if models.kind_of(tuned) != kind:
+    order = "extract makes an adapter of two models: jlora extract BASE TUNED OUT."
+    kind = models.kind_of(base, order)
+    if models.kind_of(tuned, order) != kind:
         raise Refusal(f"Both models must be of one format.\n  got: {base} ({kind}) and {tuned}")
     is_peft = kind == "safetensors"
     if (is_peft and like is not None) or (not is_peft and (conv1d is not None or embedding is not None)):
@@ -215,16 +219,22 @@ def extract(
         found = extraction.extract(pairs, leaves, extraction.Wanted(rank, energy, rest), step)
     made = Opened(out, "peft" if is_peft else "orbax", found.lora, about, "")
     adapters.write(out, made, Writing(force, dtype, rank_pattern))
-    _show_extracted(screen, out, made, found)
+    _show_extracted(screen, out, made, found, adapters.ranks_in_file(found.lora, made.format, rank_pattern))
 
 
-def _show_extracted(screen: Screen, out: Path, made: Opened, found: extraction.Found) -> None:
+def _show_extracted(
+    screen: Screen, out: Path, made: Opened, found: extraction.Found, padded: Mapping[str, int]
+) -> None:
     sites: list[dict[str, Any]] = [
-        {"path": path, "shape": list(x.shape), "rank": x.rank, "energy": found.kept[path], "norm": found.norms[path]}
+        {"path": path, "shape": list(x.shape), "rank": x.rank, "rank_in_file": padded[path]}
+        | {"energy": found.kept[path], "norm": found.norms[path]}
         for path, x in found.lora.items()
         if isinstance(x, LowRank)
     ]
-    rows = [(s["path"], shape(s["shape"]), str(s["rank"]), percent(s["energy"]), number(s["norm"])) for s in sites]
+    rows = [
+        (s["path"], shape(s["shape"]), rank_cell(s["rank"], s["rank_in_file"]), percent(s["energy"]), number(s["norm"]))
+        for s in sites
+    ]
     rows += [(path, shape(found.lora[path].shape), "-", "whole", "-") for path in found.whole]
     screen.table(("weight", "shape", "rank", "energy kept", "norm"), rows, right=(2, 3, 4))
     squares = [s["norm"] ** 2 for s in sites]

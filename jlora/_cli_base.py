@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from jlora import _files, _paths
-from jlora._adapters import FullWeight, fingerprint
-from jlora._cli_adapters import Opened, Refusal
-from jlora._cli_weights import Weights, kind_of, load_checkpoint
+from jlora._adapters import FullWeight, LowRank, fingerprint
+from jlora._cli_adapters import Opened, Refusal, open_several
+from jlora._cli_weights import Layout, Weights, kind_of, load_checkpoint
 
 
 class Values(Mapping[str, np.ndarray]):
@@ -29,6 +29,19 @@ class Values(Mapping[str, np.ndarray]):
     def __getitem__(self, path: str) -> np.ndarray:
         return self._weights.read(self._name(path))
 
+    def is_turned(self, path: str, x: LowRank, conv1d: str | None) -> bool:
+        """Whether a square weight lies in the model as the transpose of what factors are for, as ``Conv1D`` has it.
+
+        Others that do are refused before: they are of another shape.
+        """
+        if x.use != "linear" or x.shape[-2] != x.shape[-1]:
+            return False
+        layout = Layout(self._weights, conv1d)
+        turned = layout.is_conv1d(path)
+        if turned is None:
+            raise layout.needed(_files.shown(path), x.shape)
+        return turned
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 
@@ -39,11 +52,18 @@ class Values(Mapping[str, np.ndarray]):
 def open_base(path: Path, form: str) -> Any:
     """The base of adapters of a format: a PyTorch model, or the parameters of a checkpoint."""
     path = _files.folder(path)
-    kind = kind_of(path)
+    kind = kind_of(path, "--base takes the model that it is for.")
     if kind != {"peft": "safetensors", "orbax": "checkpoint"}[form]:
         wanted = "safetensors, under PyTorch's names" if form == "peft" else "an orbax checkpoint of parameters"
         raise Refusal(f"--base of adapters of this format ({form}) is {wanted}.\n  got: {path} ({kind})")
     return Values(Weights(path)) if form == "peft" else load_checkpoint(path)
+
+
+def open_all(given: Sequence[Path], base: Path | None, form: str) -> tuple[list[Opened], Any, Any]:
+    """Adapters of one base, what of it they need, and the base."""
+    whole = None if base is None else open_base(base, form)
+    found = open_several(given, whole if form == "peft" else None)
+    return found, values_of(whole, found), whole
 
 
 def values_of(base: Any, found: Sequence[Opened]) -> Any:

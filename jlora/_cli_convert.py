@@ -8,10 +8,16 @@ import typer
 from jlora import _cli_adapters as adapters
 from jlora import _cli_weights as models
 from jlora import _files, _paths, peft
+from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
 from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, command
 from jlora._cli_show import Refusal, Screen, dash, several, shape
+
+TELLS = (
+    "--base tells the axes of matrices named kernel alone. What tells all: --like ADAPTER (jlora's own, for the same base), or in Python\n"
+    "  jlora.save(folder, jlora.peft.load(peft_folder, jlora.sites(fn, params, x), names=...))."
+)
 
 
 @command(
@@ -27,6 +33,9 @@ def convert(
         Path | None, typer.Option(help="JSON: path or pattern of paths -> name in PyTorch, or {name, layout, ...}.")
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="To peft: the name of the base, for who loads it.")] = None,
+    base_folder: Annotated[
+        Path | None, typer.Option(help="To peft: PEFT's base, safetensors that names and shapes are compared with.")
+    ] = None,
     task_type: Annotated[str | None, typer.Option(help="To peft: such as CAUSAL_LM.")] = None,
     like: Annotated[
         Path | None, typer.Option(help="An adapter of jlora's for the same base, which knows its axes.")
@@ -45,23 +54,38 @@ def convert(
     screen, adapter = Screen(json), _files.folder(adapter)
     if adapters.format_of(adapter) == to:
         raise Refusal(f"{adapter} is {to} already.")
-    inputs = [adapter, *(p for p in (like, base) if p is not None)]
+    inputs = [adapter, *(p for p in (like, base, base_folder) if p is not None)]
     out = adapters.free(out, to, force, inputs)
     table = adapters.names_of(names)
     written: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
-    written |= {"base_model": base_model, "task_type": task_type}
+    written |= {"base_model": base_model, "base_folder": base_folder, "task_type": task_type}
     if to == "peft":
         made = _to_peft(adapter, out, names=table, like=like, base=base, **written)
     else:
-        if base_model is not None or task_type is not None or rank_pattern:
-            raise Refusal("--base-model, --task-type and --rank-pattern are for --to peft.")
+        if any(x is not None for x in (base_model, base_folder, task_type)) or rank_pattern:
+            raise Refusal("--base-model, --base-folder, --task-type and --rank-pattern are for --to peft.")
         made = _to_own(adapter, table, like, base)
         adapters.write(out, made, Writing(force, dtype))
     rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
     screen.table(("weight", "shape", "rank"), rows, right=(2,))
     screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
     sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
-    screen.document({"out": str(out), "format": to, "sites": sites})
+    document: dict[str, Any] = {"out": str(out), "format": to, "sites": sites}
+    if to == "peft":
+        _show_names(screen, names, base_folder)
+        document |= {"names": None if names is None else str(names)}
+        document |= {"compared_with": None if base_folder is None else str(base_folder)}
+    screen.document(document)
+
+
+def _show_names(screen: Screen, names: Path | None, base_folder: Path | None) -> None:
+    """Where PyTorch's names are from, and whether any base was asked for them."""
+    if names is None:
+        screen.note("names: made of the paths (jlora.peft.default_name), as no --names said others")
+    if base_folder is None:
+        screen.note("names were not compared with PEFT's base; --base-folder FOLDER does, before anything is written")
+    else:
+        screen.note(f"names and shapes are those of {base_folder}")
 
 
 def _to_peft(adapter: Path, out: Path, *, like: Path | None, base: Path | None, **options: Any) -> Opened:
@@ -86,13 +110,18 @@ def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> 
     values = None
     if base is not None:
         base = _files.folder(base)
-        if models.kind_of(base) != "checkpoint":
+        if models.kind_of(base, "--base takes the model that it is for.") != "checkpoint":
             raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
         values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
     shapes_only = values is not None and not adapters.needs_values(adapter)
     target = adapters.sites_like(_files.folder(like)) if like is not None else values
     params = None if like is None and shapes_only else values
-    lora = peft.load(adapter, target, names=names, params=params)
+    try:
+        lora = peft.load(adapter, target, names=names, params=params)
+    except Advised as error:
+        if error.need == "sites" and base is not None and like is None:
+            raise Refusal(f"{error.problem}\n  {TELLS}") from error
+        raise
     config = _files.read_json(adapter / "adapter_config.json")
     about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
     return Opened(adapter, "orbax", lora, about, "")

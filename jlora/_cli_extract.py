@@ -1,7 +1,6 @@
 """``jlora extract``: the adapter that comes closest to what full fine-tuning did to a model, weight by weight."""
 
 import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,14 +13,11 @@ import numpy as np
 from jlora import _extract, _files, _paths, _svd
 from jlora._adapters import Adapter, Fingerprint, fingerprint
 from jlora._cli_adapters import Refusal, sites_like
-from jlora._cli_weights import Layout, Weights, compiled, load_checkpoint
+from jlora._cli_tables import Tables
+from jlora._cli_weights import Layout, Weights, load_checkpoint
 from jlora._init import of_site, whole_of_site
 from jlora._sites import Site
 from jlora.peft import _by_name
-
-TABLE = re.compile(r".*(embed|wte|wpe|shared)[^.]*\.weight")
-"""Names that tables have: whether one is looked up or multiplied with, its shape does not tell."""
-
 
 Reader = Callable[[], np.ndarray]
 
@@ -158,8 +154,7 @@ def pairs_of_safetensors(
     """The tensors of two PyTorch models, compared."""
     check_same(set(base), set(tuned))
     layout = Layout(base, conv1d)
-    tables = None if embedding is None else compiled("--embedding", embedding)
-    tied = _is_tied(base)
+    tables = Tables(base, embedding)
     found = []
     for name in base:
         step(name)
@@ -174,46 +169,26 @@ def pairs_of_safetensors(
         if not _extract.differ(read[0](), read[1]()):
             found.append(Pair(name, _whole(name, shape, "it did not change"), *read, False))
         elif len(shape) == 2 and name.endswith(".weight"):
-            found.append(_matrix(name, shape, read, layout, tables, tied))
+            found.append(_matrix(name, shape, read, layout, tables))
         else:
             found.append(Pair(name, _whole(name, shape, f"{shape} is no matrix of a linear layer"), *read, True))
+    tables.check_told()
     layout.check_used()
     return found
 
 
-def _matrix(
-    name: str,
-    shape: tuple[int, ...],
-    read: tuple[Reader, Reader],
-    layout: Layout,
-    tables: re.Pattern[str] | None,
-    tied: bool,
-) -> Pair:
+def _matrix(name: str, shape: tuple[int, ...], read: tuple[Reader, Reader], layout: Layout, tables: Tables) -> Pair:
     """A changed matrix: of a linear layer, of GPT-2's Conv1D, or a table."""
     dtype = np.dtype(np.float32)
-    if tables is None and TABLE.fullmatch(name):
-        raise Refusal(
-            f"'{name}' changed, and may be an embedding, for which PEFT has other factors than for a linear layer.\n"
-            "  Say which weights are, by a pattern of whole names: --embedding '.*embed_tokens.weight'.\n"
-            "  If none are: --embedding ''."
-        )
-    if tables is not None and tables.fullmatch(name):
-        if tied:
-            return Pair(
-                name, _whole(name, shape, "it is tied to the output head, which PEFT adapts apart"), *read, True
-            )
-        return Pair(name, Site(name, shape, dtype, "lookup", (0,), (1,)), *read, True)
+    if tables.has(name):
+        why = tables.tied_to_head(name)
+        site = _whole(name, shape, why) if why else Site(name, shape, dtype, "lookup", (0,), (1,))
+        return Pair(name, site, *read, True)
     turned = layout.is_conv1d(name)
     if turned is None:
         raise layout.needed(name, shape)
     shape = (shape[1], shape[0]) if turned else shape
     return Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), *read, True, turned)
-
-
-def _is_tied(base: Weights) -> bool:
-    """Whether the output head is the embedding: what the configuration says, and if it is silent, whether there is a head."""
-    said = base.config().get("tie_word_embeddings")
-    return said if isinstance(said, bool) else not any(re.search("lm_head|embed_out|output", name) for name in base)
 
 
 def _reader(weights: Weights, name: str) -> Reader:

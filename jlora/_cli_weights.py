@@ -79,8 +79,8 @@ class Weights(Mapping[str, _files.Tensor]):
         return _files.read_json(file) if file is not None and file.exists() else {}
 
 
-def kind_of(path: Path) -> Kind:
-    """Which kind of model there is at ``path``."""
+def kind_of(path: Path, wanted: str) -> Kind:
+    """Which kind of model there is at ``path``; ``wanted`` says how the command takes one."""
     if path.is_file() and path.suffix == ".safetensors":
         return "safetensors"
     if not path.is_dir():
@@ -89,7 +89,7 @@ def kind_of(path: Path) -> Kind:
         if any((path / mark).exists() for mark in MARKS[kind]):
             return kind
     if (path / "adapter_config.json").exists() or (path / "adapter.json").exists():
-        raise Refusal(f"{path} is an adapter, not a model.\n  The order of merge is: jlora merge BASE ADAPTER OUT.")
+        raise Refusal(f"{path} is an adapter, not a model.\n  {wanted}")
     inside = [p for p in sorted(path.iterdir()) if p.is_dir() and any((p / m).exists() for m in MARKS["checkpoint"])]
     pickles = sorted(p.name for p in path.glob("pytorch_model*.bin"))
     more = f"\n  There is a checkpoint inside: {inside[0]}." if inside else ""

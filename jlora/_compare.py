@@ -1,10 +1,12 @@
 """How two adapters of one leaf relate: norms, cosine, and the angles between the spaces that they read and write."""
 
+from functools import partial
 from math import sqrt
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora import _jax, _svd
 from jlora._adapters import LowRank
@@ -63,14 +65,26 @@ def _relation(one: jax.Array, two: jax.Array, cosine: jax.Array, apart: jax.Arra
 
 @jax.jit
 def angles(one: Svd, two: Svd) -> tuple[jax.Array, jax.Array]:
-    r"""The principal angles of the column spaces and of the row spaces of two decompositions, ascending, in radians."""
+    r"""The principal angles of the column spaces and of the row spaces of two decompositions, ascending, in radians.
+
+    NaN beyond the lower of their numerical ranks: a direction that an update does not have makes no angle.
+    """
+    both = shared(one.s, two.s)
     left = _angles(*(s.u * _svd.live(s.s)[..., None, :].astype(s.u.dtype) for s in (one, two)))
     right = _angles(*(_svd.adjoint(s.vh) * _svd.live(s.s)[..., None, :].astype(s.vh.dtype) for s in (one, two)))
-    return left, right
+    return jnp.where(both, left, jnp.nan), jnp.where(both, right, jnp.nan)
+
+
+@jax.jit
+def shared(one: jax.Array, two: jax.Array) -> jax.Array:
+    """Which of the principal angles of two updates are between directions that both have; of the updates' singular values."""
+    count = partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.int32)
+    ranks = jnp.minimum(*(count(_svd.live(s) | ~jnp.isfinite(s)) for s in (one, two)))
+    return lax.broadcasted_iota(jnp.int32, (*one.shape[:-1], min(one.shape[-1], two.shape[-1])), one.ndim - 1) < ranks
 
 
 def _angles(one: jax.Array, two: jax.Array) -> jax.Array:
-    r"""Of two bases, whose columns are orthonormal or zero; a zero column is at a right angle to everything.
+    r"""Of two bases, whose columns are orthonormal or zero; a zero column is at a right angle to everything, and so comes last.
 
     With $Q_1^* Q_2 = Y C Z^*$ the pairs of principal vectors are $U = Q_1 Y$ and $V = Q_2 Z$, the cosines $C$ and the sines
     $\lVert v - c\,u \rVert$, which tell small angles as cosines cannot.

@@ -267,7 +267,10 @@ def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) 
 
 
 def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> None:
-    """Raises unless ``path`` is free, an empty folder, or may be overwritten."""
+    """Raises unless ``path`` is free, an empty folder, or may be overwritten, and there is, or can be, a folder to put it in."""
+    file = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise NotADirectoryError(f"{path} cannot be written: {file} is a file, not a folder.\n  Choose another name.")
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):

@@ -1,7 +1,7 @@
 """What a PEFT adapter alone tells of its base: the weights that it adapts, under PyTorch's names and in PyTorch's layout."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ _CHANGED = {"tokens": "weight", "b_bias": "bias"}
 """Of what a file holds beside factors and whole weights, the parameter that it changes."""
 
 
-def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
+def sites_of(folder: Path, params: Mapping[str, Any], without: Collection[str] = ()) -> Sites:
     """Sites of the base that an adapter is for, as far as the adapter tells.
 
     Args:
         folder: Of the adapter.
         params: Values of the base by PyTorch's names, where they are known.
+        without: Keys of the file to leave out.
 
     Raises:
         ValueError: a module has several adapted parameters, which the file does not name.
     """
     config, tensors = _peft_config.read(folder), open_tensors(folder)
-    parts = {key: part_of(key) for key in tensors.header}
+    parts = {key: part_of(key) for key in tensors.header if key not in without}
     found: dict[str, Site] = {}
     pairs: dict[tuple[str, int], dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
     for key, part in parts.items():

@@ -4,7 +4,7 @@ First the names and shapes of the header are matched with the leaves of the base
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +54,19 @@ class Reader:
         names: See ``jlora.peft.load``.
         params: Values of the base by path, where they are known.
         alone: Whether the sites are what the adapter itself told of its base.
+        without: Keys of the file to leave out.
     """
 
-    def __init__(self, folder: Path, sites: Sites, names: Names, params: Mapping[str, Any], *, alone: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        sites: Sites,
+        names: Names,
+        params: Mapping[str, Any],
+        *,
+        alone: bool = False,
+        without: Collection[str] = (),
+    ):
         self.config: Config = _peft_config.read(folder)
         self.tensors = open_tensors(folder)
         self.params, self.sites, self.alone = params, sites, alone
@@ -68,7 +78,7 @@ class Reader:
         for name in self.by_name:
             self.own[name.rpartition(".")[0]].append(name)
         modules = {module for name in self.by_name for module in containing(name)}
-        self.parts = {key: part_of(key, modules) for key in self.tensors.header}
+        self.parts = {key: part_of(key, modules) for key in self.tensors.header if key not in without}
         check_once(self.parts)
         self.wrappers = wrappers_of(self.parts.values())
         self.lost = [key for key, part in self.parts.items() if not self.is_known(part)]

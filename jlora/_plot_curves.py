@@ -4,12 +4,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora import _svd, algebra
-from jlora._adapters import LowRank
+from jlora import _compare, algebra
 from jlora._plot_draw import BLUE, ORANGE, SMALL, TEXT, TITLE, bar, frame, ink_of
 from jlora._plot_grid import Grid, all_cut
 
@@ -98,14 +95,7 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def shared_directions(one: Any, two: Any) -> np.ndarray:
     """Which of the principal angles of two updates are between directions that both have; shape of the angles."""
-    live = [
-        np.asarray(_svd.live(s) | ~jnp.isfinite(s)).sum(axis=-1, keepdims=True) for s in (_values(one), _values(two))
-    ]
-    return np.arange(min(one.rank, two.rank, _svd.smaller_side(one))) < np.minimum(*live)
-
-
-def _values(x: LowRank) -> jax.Array:
-    return algebra.spectrum({"": x})[""]
+    return np.asarray(_compare.shared(*(algebra.spectrum({"": x})[""] for x in (one, two))))
 
 
 def overlap(cosines: np.ndarray, shared: np.ndarray) -> np.ndarray:

@@ -310,8 +310,8 @@ def compare(one: Lora, two: Lora, params: Any = None) -> dict[str, Comparison]:
           too, else infinite.
         * ``input_angles``, ``output_angles``: the principal angles, in radians, ascending, of the spaces that the updates read from and
           write to (the columns and the rows of $A B$); shape ``(*batch, n)``, ``n`` being the lower of the ranks. A direction that an
-          update does not have is at a right angle to all others: all angles to a fresh adapter are $\pi/2$. ``None`` where a leaf is
-          trained outright.
+          update does not have, as of factors padded with zeros, makes no angle: beyond the lower number of directions that the updates
+          have, angles are NaN; all are if one of them is a fresh adapter. ``None`` where a leaf is trained outright.
 
     Raises:
         TypeError: an argument is no adapter, or holds a kind of one's own.

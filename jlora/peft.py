@@ -6,7 +6,8 @@ table; every tensor is used exactly once. Needs ``pip install "jlora[peft]"``; P
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -102,10 +103,16 @@ def read(
         ValueError: as for ``load``; the file needs its base to be understood (trained tokens and biases of B without ``params``, unnamed
             experts).
     """
-    where = _files.folder(folder)
-    params = {} if params is None else params
-    sites = sites_of(where, params)
-    return _loaded(Reader(where, sites, lambda path: path, params, alone=True), dtype), sites
+    return _read(_files.folder(folder), {} if params is None else params, dtype=dtype)
+
+
+def _read(
+    folder: Path, params: Mapping[str, Any], *, dtype: Any = None, without: Collection[str] = ()
+) -> tuple[dict[str, Adapter], Sites]:
+    """``read``, but for some keys of the file."""
+    sites = sites_of(folder, params, without)
+    reader = Reader(folder, sites, lambda path: path, params, alone=True, without=without)
+    return _loaded(reader, dtype), sites
 
 
 def _loaded(reader: Reader, dtype: Any) -> dict[str, Adapter]:

@@ -561,7 +561,28 @@ def test_updates_of_zero_give_numbers():
         np.testing.assert_allclose(found.difference, np.full(17, difference), rtol=1e-5)
         np.testing.assert_array_equal(found.cosine, np.zeros(17))
         for angles in (found.input_angles, found.output_angles):
-            np.testing.assert_allclose(angles, np.full((17, 2), np.pi / 2), rtol=1e-6)
+            np.testing.assert_array_equal(angles, np.full((17, 2), np.nan))
+
+
+@pytest.mark.parametrize("name", ["dense", "experts", "conv"])
+def test_padding_has_no_directions(name):
+    """Zeros that bring factors to a higher rank change no angle, of slices of different ranks neither."""
+    lora = trained(name, rank=2)
+    x = lora["w"]
+    if x.batch:  # the first slice has one direction
+        x = dataclasses.replace(x, b=x.b.at[0, 1].set(0.0))
+    more_a, more_b = (
+        [(0, 2 if d == axis % f.ndim else 0) for d in range(f.ndim)] for f, axis in ((x.a, -1), (x.b, len(x.batch)))
+    )
+    padded = {"w": dataclasses.replace(x, a=jnp.pad(x.a, more_a), b=jnp.pad(x.b, more_b))}
+    found, plain = at_once(lambda p, x: (algebra.compare(p, p)["w"], algebra.compare(x, x)["w"]), padded, {"w": x})
+    for got, expected in ((found.input_angles, plain.input_angles), (found.output_angles, plain.output_angles)):
+        assert got.shape[-1] == 4
+        there = np.isfinite(expected)
+        assert there.sum() == 2 * there[..., 0].size - bool(x.batch)
+        np.testing.assert_array_equal(np.isfinite(got)[..., :2], there)
+        assert np.isnan(got[..., 2:]).all()
+        np.testing.assert_allclose(got[np.isfinite(got)], 0.0, atol=1e-3)
 
 
 def test_leaves_of_one_adapter_only_are_reported():

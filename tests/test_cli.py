@@ -466,6 +466,29 @@ def test_names_are_checked(text, message, here, own):
     assert not (here / "p").exists()
 
 
+def test_names_that_no_base_was_asked_for_are_told(here, own):
+    (here / "names.json").write_text(json.dumps(NAMES))
+    text = call("convert", "one", "a", "--to", "peft")
+    assert "names: made of the paths" in text
+    assert "names were not compared with PEFT's base; --base-folder FOLDER" in text
+    found = called("convert", "one", "b", "--to", "peft", "--names", "names.json")
+    assert (found["names"], found["compared_with"]) == ("names.json", None)
+    base = base_of("llama", here)
+    message = call("convert", "one", "c", "--to", "peft", "--base-folder", base, code=2)
+    assert f"do not fit the base at {base}" in message
+    assert not (here / "c").exists()
+    tensors, _ = jlora.peft.read(here / "a")
+    save_file({p: np.zeros(x.shape, np.float32) for p, x in tensors.items()}, here / "whole.safetensors")
+    (here / "torch").mkdir()
+    (here / "whole.safetensors").rename(here / "torch" / "model.safetensors")
+    assert "names and shapes are those of torch" in call(
+        "convert", "one", "c", "--to", "peft", "--base-folder", "torch"
+    )
+    assert "--base-folder" in call(
+        "convert", "a", "d", "--to", "orbax", "--base-folder", "torch", "--like", "one", code=2
+    )
+
+
 def test_converting_is_refused(here, own):
     call("convert", "one", "p", "--to", "peft", "--names", (here / "n.json").write_text(json.dumps(NAMES)) and "n.json")
     message = call("convert", "p", "back", "--to", "orbax", code=2)
@@ -566,13 +589,65 @@ def test_extracting_an_embedding(here):
     base = base_of("llama", here)
     name = "model.embed_tokens.weight"
     after = tuned(base, lambda found: found.update({name: found[name] + low_rank((23, 24))}))
-    assert "may be an embedding" in call("extract", base, after, "a", "--rank", 3, code=2)
+    assert "may be embeddings" in call("extract", base, after, "a", "--rank", 3, code=2)
     call("extract", base, after, "a", "--rank", 3, "--embedding", name)
     assert "base_model.model.model.embed_tokens.lora_embedding_A" in load_file(here / "a" / "adapter_model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
     assert "it is tied to the output head" in call(
         "extract", base, after, "b", "--rank", 3, "--embedding", name, code=2
     )
+    message = call("extract", base, after, "b", "--rank", 3, "--embedding", "embed_tokens", code=2)
+    assert "--embedding 'embed_tokens' matches no weight of the model" in message
+
+
+def two_models(here, *, config=None, bias=False, **shapes):
+    """A base and what was trained of it, of these weights, each with a bias or not."""
+    for name, shift in (("base", 0.0), ("after", 0.1)):
+        (here / name).mkdir()
+        found = {f"{k}.weight": np.ones(shape, np.float32) + shift * low_rank(shape) for k, shape in shapes.items()}
+        found |= {f"{k}.bias": np.zeros(shape[0], np.float32) for k, shape in shapes.items() if bias}
+        save_file(found, here / name / "model.safetensors")
+        (here / name / "config.json").write_text(json.dumps({"model_type": "mine"} | (config or {})))
+    return here / "base", here / "after"
+
+
+def test_a_table_and_a_linear_layer_are_not_guessed(here):
+    """They have the same tensors: names that linear layers have are taken, others have to be said."""
+    base, after = two_models(here, tok=(20, 8), ids=(5, 7), head=(3, 8), q_proj=(5, 8))
+    message = call("extract", base, after, "a", "--rank", 2, code=2)
+    assert "may be embeddings" in message
+    assert "'ids.weight' (5, 7), 'tok.weight' (20, 8)." in message
+    assert "--embedding 'ids.weight'" in message
+    call("extract", base, after, "a", "--rank", 2, "--embedding", "(tok|ids).weight")
+    keys = {k.removeprefix("base_model.model.") for k in load_file(here / "a" / "adapter_model.safetensors")}
+    assert {"tok.lora_embedding_A", "ids.lora_embedding_B", "head.lora_A.weight", "q_proj.lora_B.weight"} <= keys
+    call("extract", base, after, "b", "--rank", 2, "--embedding", "")
+    assert "base_model.model.tok.lora_A.weight" in load_file(here / "b" / "adapter_model.safetensors")
+
+
+def test_a_module_with_a_bias_is_no_table(here):
+    base, after = two_models(here, bias=True, embedder=(20, 8), ids=(5, 7))
+    assert {x["path"] for x in called("extract", base, after, "a", "--rank", 2)["sites"]} == {
+        "embedder.weight", "ids.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "reason"),
+    [
+        ({"head": (3, 8)}, {}, ""),
+        ({"head": (3, 8)}, {"tie_word_embeddings": True}, "it is tied to the output head"),
+        ({"q_proj": (5, 8)}, {"tie_word_embeddings": False}, ""),
+        ({"q_proj": (5, 8)}, {}, 'if it is not, put "tie_word_embeddings": false there'),
+    ],
+)
+def test_whether_a_table_is_tied_is_not_guessed(more, config, reason, here):
+    base, after = two_models(here, config=config, tok=(20, 8), **more)
+    arguments = ("extract", base, after, "a", "--rank", 2, "--embedding", "tok.weight")
+    if reason:
+        assert reason in call(*arguments, code=2)
+    else:
+        assert "tok.weight" in {x["path"] for x in called(*arguments)["sites"]}
 
 
 def test_extracting_from_checkpoints(here, own):
@@ -597,6 +672,11 @@ def test_extracting_is_refused(here):
     assert "the adapter would have no effect" in call("extract", base, base, "a", "--rank", 2, code=2)
     after = tuned(base, lambda found: found.pop("model.norm.weight"))
     assert "only in the base: model.norm.weight" in call("extract", base, after, "a", "--rank", 2, code=2)
+    for models in ((PEFT / "llama", base), (base, PEFT / "llama")):
+        message = call("extract", *models, "a", "--rank", 2, code=2)
+        assert (
+            "llama is an adapter, not a model.\n  extract makes an adapter of two models: jlora extract BASE" in message
+        )
     assert "--rank must be at least 1" in call("extract", base, after, "a", "--rank", 0, code=2)
     assert "--energy must be above 0" in call("extract", base, after, "a", "--rank", 1, "--energy", "nan", code=2)
     save_file({"model.norm.weight": np.ones(3, np.float32)}, after / "model.safetensors")
@@ -624,9 +704,13 @@ def test_resizing_peft(here):
     same_updates({p: again[p] for p in want}, want)
     assert "classifier.weight" in again
     assert {x["rank"] for x in found["sites"]} == {1, 2}
+    assert {x["rank_in_file"] for x in found["sites"]} == {2}
     assert {x.rank for x in again.values() if isinstance(x, jlora.LowRank)} == {2}
-    assert "padded with zeros to rank 2" in call("resize", PEFT / "bert", "small", "--energy", 0.8, "--force")
-    call("resize", PEFT / "bert", "patterns", "--energy", 0.8, "--rank-pattern")
+    text = call("resize", PEFT / "bert", "small", "--energy", 0.8, "--force")
+    assert "padded with zeros to rank 2" in text
+    assert "1 (2 in the file)" in text
+    found = called("resize", PEFT / "bert", "patterns", "--energy", 0.8, "--rank-pattern")
+    assert all(x["rank_in_file"] == x["rank"] for x in found["sites"])
     again, _ = jlora.peft.read(here / "patterns")
     assert {x.rank for x in again.values() if isinstance(x, jlora.LowRank)} == {1, 2}
 
@@ -714,6 +798,15 @@ def test_diff(here, own):
     assert f"only in one: {MIX}" in call("diff", "less", "one", code=1)
 
 
+def test_diff_has_no_angles_of_directions_that_are_not_there(here, own):
+    call("resize", "one", "wide", "--rank", 3)
+    for site in called("diff", "wide", "wide")["sites"]:
+        assert site["input_angle"] < 1
+        assert site["output_angle"] < 1
+    jlora.save(here / "fresh", jlora.init(jax.random.key(0), PARAMS, SITES, jlora.LoRA(rank=2, targets=UP)))
+    assert called("diff", "fresh", "fresh")["sites"][0]["input_angle"] is None
+
+
 def test_diff_of_peft_and_of_whole_leaves(here):
     assert called("diff", PEFT / "bert", PEFT / "bert")["same"]
     shutil.copytree(PEFT / "bert", here / "b")
@@ -784,6 +877,8 @@ def test_converting_whole_kernels(here):
     message = call("convert", "p", "b", "--to", "orbax", "--names", "names.json", "--base", base, code=2)
     assert "How the axes of 'model.layers.0.mix.weight' lie here" in message
     assert "--like ADAPTER" in message
+    assert "--base tells the axes of matrices named kernel alone" in message
+    assert "jlora.save(folder, jlora.peft.load(" in message
 
 
 def test_errors_speak_of_options(here):
@@ -848,6 +943,45 @@ def test_diff_of_whole_leaves_with_their_base(here):
     assert called("diff", "low", "full", "--base", params, code=1)["sites"][0]["norm_one"] > 0
 
 
+def one_weight(folder, name, factors=None, value=None):
+    """A PEFT adapter of one weight: factors of it, or what stands for it, beside factors of another."""
+    tensors = {"other.lora_A.weight": np.ones((2, 3), np.float32), "other.lora_B.weight": np.ones((3, 2), np.float32)}
+    if factors is not None:
+        tensors |= {f"{name}.lora_A.weight": factors[0], f"{name}.lora_B.weight": factors[1]}
+    else:
+        tensors |= {f"{name}.weight": value}
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{k}": np.ascontiguousarray(x) for k, x in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["other", *([name] if factors else [])]}
+    config |= {"modules_to_save": None if factors else [name]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("shape", "conv1d"), [((5, 3), None), ((5, 5), ""), ((5, 5), "x.weight")])
+def test_diff_of_factors_and_a_whole_leaf_of_peft(shape, conv1d, here):
+    """The same update, as factors of (5, n) and whole: ``Conv1D`` has the transpose."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, shape[1])).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
+    w = rng.normal(size=shape).astype(np.float32)
+    is_turned = conv1d == "x.weight"
+    one_weight(here / "low", "x", factors=(a, b))
+    one_weight(here / "full", "x", value=w + ((b @ a).T if is_turned else b @ a))
+    (here / "base").mkdir()
+    save_file({"x.weight": w, "other.weight": np.zeros((3, 3), np.float32)}, here / "base" / "model.safetensors")
+    more = () if conv1d is None else ("--conv1d", conv1d)
+    found = called("diff", "low", "full", "--base", "base", *more)
+    row = next(x for x in found["sites"] if x["path"] == "x.weight")
+    assert row["compared"] == "updates"
+    assert row["cosine"] == pytest.approx(1.0)
+    assert row["norm_two"] == pytest.approx(float(np.linalg.norm(b @ a)), rel=1e-4)
+    assert "trained outright: x.weight; --base BASE compares the updates" in call("diff", "low", "full", code=1)
+    if shape == (5, 5):
+        assert "may be (out, in), as nn.Linear has it" in call("diff", "low", "full", "--base", "base", code=2)
+
+
 def test_extract_says_what_it_keeps_whole(here):
     after = jax.tree.map(lambda x: x, PARAMS)
     after["params"]["layers"] = {"mix": PARAMS["params"]["layers"]["mix"] + 1}
@@ -872,7 +1006,10 @@ def test_biases_of_b_are_added_to_biases(here):
     save_file(found, file)
     config = json.loads((here / "a" / "adapter_config.json").read_text())
     (here / "a" / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
-    assert "--base BASE" in call("info", "a", code=2)
+    sites = {s["path"]: s for s in called("info", "a")["sites"]}
+    bias = sites["transformer.h.1.attn.c_attn.bias"]
+    assert (bias["use"], bias["shape"], bias["norm"]) == ("bias", [36], None)
+    assert sites["transformer.h.1.attn.c_attn.weight"]["norm"] > 0
     got = called("merge", base, "a", "out")
     name = "transformer.h.1.attn.c_attn.bias"
     assert name in got["replaced"]
@@ -880,6 +1017,21 @@ def test_biases_of_b_are_added_to_biases(here):
     want = load_file(base / "model.safetensors")[name] + found[key] * config["lora_alpha"] / config["r"]
     np.testing.assert_allclose(load_file(here / "out" / "model.safetensors")[name], want, atol=1e-6)
     call("merge", base, "a", "bare", "--prefix", "transformer.=transformer.")
+
+
+def test_trained_tokens_without_and_with_their_base(here):
+    row = next(s for s in called("info", PEFT / "llama_tokens")["sites"] if s["use"] == "rows")
+    assert (row["path"], row["shape"], row["parameters"]) == ("model.embed_tokens.weight", [2, 24], 48)
+    assert re.search(r"embed_tokens.weight +rows +2×24 ", call("info", PEFT / "llama_tokens"))
+    assert "--base BASE" in call("resize", PEFT / "llama_tokens", "a", "--rank", 1, code=2)
+    base = base_of("llama_tokens", here)
+    call("resize", PEFT / "llama_tokens", "a", "--rank", 1, "--base", base)
+    rows = load_file(PEFT / "llama_tokens" / "adapter_model.safetensors")
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    table[[1, 9]] = next(x for key, x in rows.items() if "trainable_tokens" in key)
+    found = load_file(here / "a" / "adapter_model.safetensors")
+    np.testing.assert_allclose(found["base_model.model.model.embed_tokens.weight"], table, atol=1e-6)
+    assert "Leave out --base" in call("resize", PEFT / "llama", "b", "--rank", 1, "--base", base, code=2)
 
 
 def parameter_adapter(folder, shape, rank=2):
@@ -962,6 +1114,13 @@ def test_nothing_is_written_into_what_is_read(here, own):
         message = call(*(here / read / "inside" if x == "OUT" else x for x in args), code=2)
         assert "inside lies inside" in message, i
         assert not (here / read / "inside").exists()
+
+
+def test_a_file_is_no_folder_to_write_into(here, own):
+    (here / "file").write_text("")
+    for out in ("file/a", "file/deep/a"):
+        message = call("resize", "one", out, "--rank", 1, code=2)
+        assert f"{here / 'file'} is a file, not a folder.\n  Choose another name." in message
 
 
 def test_nothing_is_replaced_by_accident(here, own):

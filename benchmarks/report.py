@@ -72,7 +72,7 @@ def readme(path: Path, results: dict[str, Any]) -> str:
 
 def above_floors(step: Any, models: dict[str, Any]) -> str:
     """What an adapter adds to its base, in each framework."""
-    pairs = {way: floor for way, floor in ((step.JLORA, step.FLOOR), *step.FLOORS.items())}
+    pairs = {step.JLORA: step.FLOOR} | step.FLOORS
     found = {
         way: [suite.ratios(m["ways"][way]["step"], m["ways"][floor]["step"])[1] for m in models.values()]
         for way, floor in pairs.items()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from jlora import _cli_ties as ties
 from jlora import _files, _paths, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_adapters import Opened, Refusal, new_folder
@@ -114,24 +115,32 @@ class Plan:
 
     def _check_untied(self, tied: Mapping[str, str]) -> None:
         """Where the base ties its head to its embedding, PEFT changes only the one that the adapter is for."""
-        if self.weights.config().get("tie_word_embeddings") is not True or tied:
+        found = ties.tied(self.weights)
+        if found is False or tied:
             return
         ends = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head", "embed_out", "embed_in")
         names = [
             n for n in (*self.low, *self.full) if n in self.weights
         ]  # a head that is added says itself that it is apart
         changed = [n for n in names if n.removesuffix(".weight").split(".")[-1] in ends]
-        if changed:
+        if changed and found:
             raise Refusal(
                 f"config.json says that head and embedding are one, and the adapter changes '{_files.shown(changed[0])}' alone: as PEFT "
                 "has it they are two from then on.\n"
                 "  If it was trained with both tied: --tied lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
             )
+        if changed:
+            raise Refusal(
+                f"The adapter changes '{_files.shown(changed[0])}', which may be the output head as well: the model has no other, and "
+                "config.json does not say. As PEFT has it they are two from then on.\n"
+                '  If it is not, put "tie_word_embeddings": false there. If it was trained with both tied: --tied '
+                "lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
+            )
 
     def unties(self) -> bool:
         """Whether a head is added to a base that ties its own to its embedding."""
         heads = [p for p in self.added if p.removesuffix(".weight").split(".")[-1] in ("lm_head", "embed_out")]
-        return bool(heads) and any(True for _ in tying(self.weights.config()))
+        return bool(heads) and ties.tied(self.weights) is not False
 
     @staticmethod
     def name(path: str, old: str, new: str) -> str:
@@ -302,22 +311,14 @@ def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, 
         _change_config(to / "config.json", dtype, report.untied)
 
 
-def tying(config: Any) -> Iterator[dict[str, Any]]:
-    """Those parts of a configuration that say that head and embedding are one."""
-    if isinstance(config, dict):
-        if config.get("tie_word_embeddings") is True:
-            yield config
-        for part in config.values():
-            yield from tying(part)
-
-
 def _change_config(file: Path, dtype: np.dtype | None, untied: bool) -> None:
     found = _files.read_json(file)
     before = json.dumps(found)
     if dtype is not None:
-        found |= {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(found.get(key), str)}
-    for part in tying(found) if untied else ():
-        part["tie_word_embeddings"] = False
+        for part in ties.parts(found):
+            part |= {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(part.get(key), str)}
+    if untied:
+        ties.untie(found)
     if json.dumps(found) != before:
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

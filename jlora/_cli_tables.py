@@ -6,6 +6,7 @@ Beyond that only names tell: of those of linear layers one is taken, any other h
 
 import re
 
+from jlora import _cli_ties as ties
 from jlora import _files, _paths
 from jlora._cli_adapters import Refusal
 from jlora._cli_weights import Weights, compiled
@@ -18,8 +19,6 @@ LINEAR = re.compile(
     re.IGNORECASE,
 )
 """Names of modules that linear layers have."""
-HEAD = re.compile(r".*(head|embed_out|output|classifier|score|logit|decoder|unembed).*|out", re.IGNORECASE)
-"""Names of modules that give a model's outputs."""
 
 
 class Tables:
@@ -63,20 +62,13 @@ class Tables:
 
         What the configuration says; where that is silent, whether the model has a head of its own.
         """
-        said = self.weights.config().get("tie_word_embeddings")
-        if said is True:
-            return "it is tied to the output head, which PEFT adapts apart"
-        if said is False or any(self._is_head(other) for other in self.weights if other != name):
-            return ""
-        return (
-            "it may be the output head as well, which PEFT adapts apart: the model has no other, and config.json does not say; "
-            'if it is not, put "tie_word_embeddings": false there'
-        )
-
-    def _is_head(self, name: str) -> bool:
-        return (
-            name.endswith(".weight") and len(self.weights[name].shape) == 2 and HEAD.fullmatch(_last(name)) is not None
-        )
+        found = ties.tied(self.weights, apart_from=name)
+        if found is None:
+            return (
+                "it may be the output head as well, which PEFT adapts apart: the model has no other, and config.json does not say; "
+                'if it is not, put "tie_word_embeddings": false there'
+            )
+        return "it is tied to the output head, which PEFT adapts apart" if found else ""
 
 
 def _last(name: str) -> str:

@@ -12,7 +12,7 @@ import warnings
 from typing import NoReturn
 
 NEEDED = ("typer", "rich")
-REFUSED, TERMINATED = 2, 128 + signal.SIGTERM
+REFUSED, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 def main() -> NoReturn:
@@ -24,9 +24,13 @@ def main() -> NoReturn:
     _quiet()
     _on_cpu()
     signal.signal(signal.SIGTERM, _terminated)
-    from jlora._cli_app import app
+    try:
+        from jlora._cli_app import app
 
-    app(prog_name="jlora")
+        app(prog_name="jlora")
+    except KeyboardInterrupt:  # before a command has begun
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(0)
 
 

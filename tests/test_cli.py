@@ -1068,8 +1068,10 @@ def test_square_parameters_are_as_peft_has_them(here):
     assert "depends on the module (is_transposed)" in call("merge", "base", "new", "x", code=2)
 
 
-def test_a_head_that_is_added_to_a_tied_base_unties_it(here):
-    base = base_of("llama_tied", here, tie_word_embeddings=True, text_config={"tie_word_embeddings": True})
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}, {}])
+def test_a_head_that_is_added_to_a_tied_base_unties_it(here, said):
+    """A base whose configuration is silent is tied too, if it has no head: that is transformers' default."""
+    base = base_of("llama_tied", here, **said)
     shutil.copytree(PEFT / "llama", here / "a")
     file = here / "a" / "adapter_model.safetensors"
     head = np.ones((23, 24), np.float32)
@@ -1079,7 +1081,8 @@ def test_a_head_that_is_added_to_a_tied_base_unties_it(here):
     assert "--add-new" in call("merge", base, "a", "out", code=2)
     assert called("merge", base, "a", "out", "--add-new")["untied"] is True
     written = json.loads((here / "out" / "config.json").read_text())
-    assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is False
+    assert written["tie_word_embeddings"] is False
+    assert written.get("text_config", {"tie_word_embeddings": False}) == {"tie_word_embeddings": False}
     np.testing.assert_array_equal(load_file(here / "out" / "model.safetensors")["lm_head.weight"], head)
     assert "tie_word_embeddings in config.json is false" in call("merge", base, "a", "out", "--add-new", "--force")
     assert called("merge", base, PEFT / "llama", "plain")["untied"] is False
@@ -1181,6 +1184,13 @@ def test_merge_into_a_base_that_the_adapter_was_not_made_for(here):
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
     save_file(load_file(PEFT / "llama_embedding" / "base.safetensors"), base / "model.safetensors")
     assert "head and embedding are one" in call("merge", base, PEFT / "llama_embedding", "out", code=2)
+    (base / "config.json").write_text(json.dumps({"text_config": {"tie_word_embeddings": True}}))
+    assert "head and embedding are one" in call("merge", base, PEFT / "llama_embedding", "out", code=2)
+    weights = load_file(base / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    assert "may be the output head as well" in call("merge", base, PEFT / "llama_embedding", "out", code=2)
     assert not (here / "out").exists()
 
 

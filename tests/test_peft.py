@@ -526,6 +526,31 @@ def test_what_is_inside_a_saved_module_is_saved(saved):
     np.testing.assert_array_equal(jlora.peft.load(saved, SITES)["down/kernel"].value, little.T)
 
 
+def test_biases_that_peft_writes_twice(saved):
+    """As with ``bias="all"`` and ``modules_to_save``; one of the two is read, whatever the base or the file is asked for."""
+    low = {k: None for k in load_file(saved / "adapter_model.safetensors") if ".down." in k}
+    down, bias = "base_model.model.down", np.full(7, 2.0, np.float32)
+    whole = {f"{down}.weight": np.ones((7, 5), np.float32), f"{down}.bias": bias}
+    twice = {f"{down}.modules_to_save.bias": bias, f"{down}.original_module.bias": 0 * bias}
+    edit(saved, {"target_modules": ["up"], "bias": "all"}, low | whole | twice)
+    with pytest.raises(
+        ValueError, match=r"2 tensors of the adapter are for nothing in the base: .*modules_to_save.bias"
+    ):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+    edit(saved, {"modules_to_save": ["down"]})
+    np.testing.assert_array_equal(jlora.peft.load(saved, SITES)["down/bias"].value, bias)
+    np.testing.assert_array_equal(jlora.peft.read(saved)[0]["down.bias"].value, bias)
+    edit(saved, tensors={f"{down}.modules_to_save.bias": bias + 1})
+    for call in (lambda: jlora.peft.load(saved, SITES), lambda: jlora.peft.read(saved)):
+        with pytest.raises(
+            ValueError, match=r"down.modules_to_save.bias' is a copy of '.*down.bias'.*differs.*\n.*changed"
+        ):
+            call()
+    edit(saved, tensors={f"{down}.bias": None})
+    with pytest.raises(ValueError, match=r"for nothing in the base"):
+        jlora.peft.load(saved, SITES)
+
+
 def test_layers_that_a_pattern_left_out_may_be_missing(tmp_path):
     port, want = PORTS["llama"](), expected("llama")
     sites, _ = base_of("llama", port, want["x"])

@@ -442,8 +442,27 @@ def test_saving_is_refused(tmp_path, saved):
     assert (saved / "adapter_model.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, jnp.float8_e5m2, bool, "half-way"])
+def test_dtypes_that_destroy_values_are_refused(dtype, tmp_path, saved):
+    for call in (
+        lambda: jlora.peft.save(tmp_path / "b", fresh(), dtype=dtype),
+        lambda: jlora.peft.load(saved, SITES, dtype=dtype),
+        lambda: jlora.peft.read(saved, dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=r"dtype must be one of float64, float32, float16, bfloat16\.\n  got: "):
+            call()
+    assert not (tmp_path / "b").exists()
+
+
+def test_parameters_in_place_of_an_adapter(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"(?s)lora must be a dict.*got: parameters, dict with the array 'down/bias' \(7,\)"
+    ):
+        jlora.peft.save(tmp_path / "b", PARAMS)
+
+
 def test_leaves_without_a_place_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="There are no factors in this adapter"):
+    with pytest.raises(ValueError, match=r"There are no factors in this adapter.*\n.*jlora\.export\.save.*LoRA rule"):
         jlora.peft.save(tmp_path / "a", fresh(jlora.Full(targets="down/bias")))
     lora = fresh(jlora.Full(targets="down/kernel"), jlora.LoRA(rank=2, targets="up/kernel"))
     with pytest.raises(ValueError, match="PEFT saves the module 'down' whole, and 'down/bias' was not trained"):

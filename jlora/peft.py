@@ -172,8 +172,8 @@ def _assemble(reader: Reader, path: str, pairs: list[Pair], dtype: Any) -> Adapt
         slices[index] = a, b, pair.scale
     scale = max(s for _, _, s in slices.values())
     rank = max(a.shape[-1] for a, _, _ in slices.values())
-    axes = _layouts.axes_of(site)
-    some, dropout = next(iter(slices.values())), 0.0 if axes.window else reader.config.dropout
+    layers = {pair.layer for pair in pairs}
+    some, dropout = next(iter(slices.values())), 0.0 if layers == {"embedding"} else reader.config.dropout
     if () in slices:
         return of_site(jnp.asarray(some[0]), jnp.asarray(some[1]), site, scale, dropout, reader.sites.base)
     sizes = tuple(site.shape[d] for d in site.batch)

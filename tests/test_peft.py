@@ -442,6 +442,38 @@ def test_saving_is_refused(tmp_path, saved):
     assert (saved / "adapter_model.safetensors").read_bytes() != before
 
 
+def written_rate(folder, *rules, **options):
+    jlora.peft.save(folder, fresh(*rules), **options)
+    return json.loads((folder / "adapter_config.json").read_text())["lora_dropout"]
+
+
+def test_one_rate_of_dropout_is_that_of_the_file(tmp_path):
+    up, down = (jlora.LoRA(rank=2, dropout=0.25, targets=f"{name}/kernel") for name in ("up", "down"))
+    assert written_rate(tmp_path / "a", up, down) == 0.25
+    again = jlora.peft.load(tmp_path / "a", SITES)
+    assert {x.dropout for x in again.values()} == {0.25}
+    other = jlora.LoRA(rank=2, targets="down/kernel")
+    with pytest.raises(
+        ValueError, match=r"have several: 0\.0 at 'down/kernel', 0\.25 at 'up/kernel'.*\n.*dropout=0\.25"
+    ):
+        written_rate(tmp_path / "b", up, other)
+    assert not (tmp_path / "b").exists()
+    assert written_rate(tmp_path / "b", up, other, dropout=0.5) == 0.5
+    for wrong in (1.0, -0.1, float("nan"), "0.1", True):
+        with pytest.raises(ValueError, match=r"dropout must be a rate from 0 up to"):
+            written_rate(tmp_path / "c", up, dropout=wrong)
+
+
+def test_peft_has_no_dropout_for_parameters(tmp_path):
+    names = {"down/kernel": Weight("down.weight", nesting=0)}
+    rule = jlora.LoRA(rank=2, dropout=0.25, targets=".*kernel")
+    with pytest.raises(
+        ValueError, match=r"no dropout for parameters .* 'down.weight', and refuses.*0\.25.*\n.*dropout=0\.0"
+    ):
+        written_rate(tmp_path / "a", rule, names=names)
+    assert written_rate(tmp_path / "a", rule, names=names, dropout=0.0) == 0.0
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, jnp.float8_e5m2, bool, "half-way"])
 def test_dtypes_that_destroy_values_are_refused(dtype, tmp_path, saved):
     for call in (

@@ -37,10 +37,10 @@ def adapters(port, sites, params, rules, seed=7):
 
 
 CASES = {
-    "llama": [jlora.LoRA(rank=3, alpha=7)],
+    "llama": [jlora.LoRA(rank=3, alpha=7, dropout=0.1)],
     "llama, ranks and scales that differ": (
         "llama",
-        [jlora.LoRA(rank=4, alpha=3, rslora=True, targets=ATTENTION), jlora.LoRA(rank=2, alpha=9, dropout=0.1)],
+        [jlora.LoRA(rank=4, alpha=3, rslora=True, targets=ATTENTION), jlora.LoRA(rank=2, alpha=9)],
     ),
     "llama_embedding": [jlora.LoRA(rank=3, targets=["embed", "head", "layers/q"])],
     "llama_tied": [jlora.LoRA(rank=3, targets=["embed", "layers/v"])],
@@ -62,7 +62,7 @@ CASES = {
         "bert",
         [jlora.Full(targets=".*/classifier/kernel"), jlora.LoRA(rank=3, targets=".*/(query|value)/kernel")],
     ),
-    "vision": [jlora.LoRA(rank=3, alpha=5)],
+    "vision": [jlora.LoRA(rank=3, alpha=5, dropout=0.1)],
     "vision, head": ("vision", [jlora.LoRA(rank=2), jlora.LoRA(rank=3, targets=["head/kernel"])]),
     "experts": [jlora.LoRA(rank=2, alpha=5, targets="experts/.*"), jlora.LoRA(rank=3, targets="head/kernel")],
     "experts alone": ("experts", [jlora.LoRA(rank=2, alpha=5, targets="experts/.*")]),
@@ -97,6 +97,20 @@ def test_peft_computes_what_we_compute(name, portable, tmp_path):
     np.testing.assert_allclose(in_peft(kind, x, tmp_path / "a"), ours, atol=1e-5)
     again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
     np.testing.assert_allclose(jlora.wrap(port.fn)(params, again, x), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("vision", "all-linear"), ("llama_embedding", ["embed", "layers/q"])])
+def test_peft_trains_with_the_rate_that_is_written(kind, targets, tmp_path):
+    port, x = PORTS[kind](), expected(kind)["x"]
+    sites, params = base_of(kind, port, x)
+    lora = adapters(port, sites, params, [jlora.LoRA(rank=2, dropout=0.25, targets=targets)])
+    jlora.peft.save(tmp_path / "a", lora, names=port.names)
+    model = PeftModel.from_pretrained(torch_base(kind), tmp_path / "a")
+    layers = [m.lora_dropout["default"] for m in model.modules() if hasattr(m, "lora_dropout")]
+    assert layers
+    assert {layer.p for layer in layers} == {0.25}
+    again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    assert {path: x.dropout for path, x in again.items()} == {path: 0.0 if path == "embed" else 0.25 for path in lora}
 
 
 def test_rows_of_rotary_pairs_are_exchanged(tmp_path):

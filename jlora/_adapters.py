@@ -22,7 +22,7 @@ def static(**default: Any) -> Any:
 
 
 class Fingerprint:
-    """The paths, shapes and dtypes of a parameter tree. Two are equal if these are; comparing and hashing cost nothing.
+    """The paths, shapes and dtypes of a parameter tree. Two are equal if these are, in any order; comparing and hashing cost nothing.
 
     Args:
         leaves: Path, shape and dtype of each leaf.
@@ -32,7 +32,7 @@ class Fingerprint:
     def __init__(self, leaves: Any, *, partial: bool = False):
         self.leaves = tuple((str(path), tuple(map(int, shape)), str(dtype)) for path, shape, dtype in leaves)
         self.partial = partial
-        self.digest = sha256(repr(self.leaves).encode()).hexdigest()
+        self.digest = sha256(repr(tuple(sorted(self.leaves))).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Fingerprint) and self.digest == other.digest

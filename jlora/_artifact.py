@@ -1,5 +1,6 @@
 """An adapted function as an artifact that runs without jlora: ``jax.export`` with the adapter among its arguments."""
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,12 +71,12 @@ def function(
 ) -> Any:
     """Exports ``fn`` with adapted weights: one artifact for one base and any number of adapters.
 
-    ``exported.serialize()`` gives bytes; a process that has JAX but neither jlora nor the model calls
+    ``exported.serialize()`` gives bytes; a process that has JAX and flatbuffers, but neither jlora nor the model, calls
     ``jax.export.deserialize(bytes).call(params, arrays(lora), *args)``. A merged function needs no more than ``jax.export`` itself.
 
     Args:
         fn: As for ``jlora.wrap``.
-        params: The base, or ``ShapeDtypeStruct``s of it: dicts, lists and tuples, which JAX can serialise.
+        params: The base, or ``ShapeDtypeStruct``s of it: dicts with strings for keys, lists and tuples, which JAX can serialise.
         lora: An adapter, or ``ShapeDtypeStruct``s of one: those that are called later have its paths, shapes and ranks.
         *args: Arguments of one call; ``ShapeDtypeStruct``s may have symbolic sizes (``jax.export.symbolic_shape``).
         rank: Of all factors, as for ``arrays``.
@@ -86,7 +87,8 @@ def function(
         A ``jax.export.Exported`` of ``(params, arrays(lora), *args)``.
 
     Raises:
-        ValueError: as ``jlora.wrap``'s ``apply`` does.
+        ImportError: flatbuffers is not installed, with which JAX serialises.
+        ValueError: as ``jlora.wrap``'s ``apply`` does; a dict has a key that is no string.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora, jlora.export
@@ -100,6 +102,7 @@ def function(
     import jax.export  # here, so that `import jlora` stays quick
 
     check_lora(lora, params)
+    _check_serialisable(params=params, args=args)
     apply = wrap(fn)
     shells = {path: _shell(adapter) for path, adapter in lora.items()}
 
@@ -110,6 +113,21 @@ def function(
     exported = jax.export.export(jax.jit(call), platforms=None if platforms is None else list(platforms))
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), lax.dtype(x)), params)
     return exported(base, plain, *args)
+
+
+def _check_serialisable(**trees: Any) -> None:
+    """Raises where JAX would, once the artifact is made: it says neither which key, nor what to install."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError('flatbuffers is missing, with which JAX serialises.\n  pip install "jlora[peft]"')
+    for name, tree in trees.items():
+        for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            odd = next((k for k in keys if isinstance(k, jax.tree_util.DictKey) and not isinstance(k.key, str)), None)
+            if odd is not None:
+                where = jax.tree_util.keystr(keys, simple=True, separator="/")
+                raise ValueError(
+                    f"JAX serialises only dicts whose keys are strings.\n  got: {odd.key!r} in '{where}' of {name}\n"
+                    "  Name them: {str(key): x for key, x in layers.items()}."
+                )
 
 
 def _shell(adapter: Adapter) -> Callable[..., Adapter]:

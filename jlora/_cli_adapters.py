@@ -144,6 +144,15 @@ def changed(x: Adapter, **fields: Any) -> Adapter:
     return replace(x, **fields)  # type: ignore[type-var]
 
 
+def at_rate(lora: Mapping[str, Adapter], rate: float | None) -> dict[str, Adapter]:
+    """The adapters with another rate of dropout."""
+    if rate is None:
+        return dict(lora)
+    if not 0 <= rate < 1:
+        raise Refusal(f"--dropout takes a rate from 0 up to, not including, 1.\n  got: {rate}")
+    return {path: changed(x, dropout=rate) if isinstance(x, LowRank) else x for path, x in lora.items()}
+
+
 def _cast(x: Adapter, dtype: str) -> Adapter:
     return changed(x, **{name: array.astype(dtype) for name, array in x.arrays().items()})
 

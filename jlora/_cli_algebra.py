@@ -14,7 +14,7 @@ from jlora import _cli_adapters as adapters
 from jlora import _cli_base, _files, algebra
 from jlora._adapters import LowRank
 from jlora._cli_adapters import Writing
-from jlora._cli_options import Adapter, Base, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
+from jlora._cli_options import Adapter, Base, Debug, Dropout, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
 from jlora._cli_show import rank as rank_cell
 
@@ -166,6 +166,7 @@ def combine(
         str | None, typer.Option(help="The base's name, if the adapters name different ones.")
     ] = None,
     dtype: Dtype = None,
+    dropout: Dropout = None,
     rank_pattern: Ranks = False,
     force: Force = False,
     json: Json = False,
@@ -195,6 +196,7 @@ def combine(
     with progress("combine", 1, json) as step:
         lora = algebra.combine([x.lora for x in found], numbers, params=params, **options)
         step("")
+    lora = adapters.at_rate(lora, dropout)
     adapters.write(out, found[0]._replace(lora=lora, about=about), Writing(force, dtype, rank_pattern))
     padded = adapters.ranks_in_file(lora, found[0].format, rank_pattern)
     origin = {path: [i for i, x in enumerate(found) if path in x.lora] for path in paths}

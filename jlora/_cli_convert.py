@@ -11,7 +11,7 @@ from jlora import _files, _paths, peft
 from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
-from jlora._cli_options import Adapter, Debug, Dtype, Force, Json, Out, Ranks, command
+from jlora._cli_options import Adapter, Debug, Dropout, Dtype, Force, Json, Out, Ranks, command
 from jlora._cli_show import Refusal, Screen, dash, several, shape
 
 TELLS = (
@@ -42,6 +42,7 @@ def convert(
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The base, an orbax checkpoint of parameters.")] = None,
     dtype: Dtype = None,
+    dropout: Dropout = None,
     rank_pattern: Ranks = False,
     force: Force = False,
     json: Json = False,
@@ -60,11 +61,12 @@ def convert(
     written: dict[str, Any] = {"dtype": dtype, "portable": not rank_pattern, "overwrite": force}
     written |= {"base_model": base_model, "base_folder": base_folder, "task_type": task_type}
     if to == "peft":
-        made = _to_peft(adapter, out, names=table, like=like, base=base, **written)
+        made = _to_peft(adapter, out, names=table, like=like, base=base, rate=dropout, **written)
     else:
         if any(x is not None for x in (base_model, base_folder, task_type)) or rank_pattern:
             raise Refusal("--base-model, --base-folder, --task-type and --rank-pattern are for --to peft.")
         made = _to_own(adapter, table, like, base)
+        made = made._replace(lora=adapters.at_rate(made.lora, dropout))
         adapters.write(out, made, Writing(force, dtype))
     rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
     screen.table(("weight", "shape", "rank"), rows, right=(2,))
@@ -88,8 +90,11 @@ def _show_names(screen: Screen, names: Path | None, base_folder: Path | None) ->
         screen.note(f"names and shapes are those of {base_folder}")
 
 
-def _to_peft(adapter: Path, out: Path, *, like: Path | None, base: Path | None, **options: Any) -> Opened:
+def _to_peft(
+    adapter: Path, out: Path, *, like: Path | None, base: Path | None, rate: float | None, **options: Any
+) -> Opened:
     found = adapters.open_adapter(adapter)
+    found = found._replace(lora=adapters.at_rate(found.lora, rate))
     for option, name in (("base_model", "base_model_name_or_path"), ("task_type", "task_type")):
         options[option] = options[option] or found.about.get(name)
     params = None if base is None else values_of(open_base(base, "orbax"), [found])

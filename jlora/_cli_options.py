@@ -41,6 +41,9 @@ Ranks = Annotated[
         "--rank-pattern", help="PEFT: leave ranks that differ, which vLLM does not read, and do not pad them."
     ),
 ]
+Dropout = Annotated[
+    float | None, typer.Option(min=0, help="Rate of dropout that training shall use; by default as it was.")
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of what is random.", show_default=False)]
 Conv1d = Annotated[
     str | None,

@@ -28,6 +28,8 @@ ADVICE = {
     "params": "Pass the base: --base BASE.",
     "names": "Say so in --names FILE, JSON from a path, or a pattern of paths, to a name in PyTorch",
     "base": "Pass the base that it was trained on.",
+    "dropout": "Say which it shall have: convert and combine take --dropout RATE.",
+    "factors": "Keep it in jlora's own format, or fold it into its base: jlora merge BASE ADAPTER OUT.",
     "rank": "Lower --rank, or keep a share of each update: --energy 0.99.",
 }
 """What is said of an argument in Python, as options say it."""

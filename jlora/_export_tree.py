@@ -33,6 +33,7 @@ def save_orbax(
 
     It is what ``StandardCheckpointer().save(folder, jlora.merge(params, lora))`` writes, but a leaf is merged when its turn comes, so that
     no second copy of the base is in memory. Leaves that are NumPy arrays stay that, and those on a mesh keep their shardings.
+    Restored without a target, keys of dicts that are no strings come back as strings, which is orbax's way.
 
     Args:
         folder: To write; it appears when it is complete. ``orbax.checkpoint.StandardCheckpointer().restore(folder)`` reads it.

@@ -11,11 +11,10 @@ from jax import lax
 
 from jlora import _files, _jax
 from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._dtypes import as_float
 from jlora._init import as_key, fold_path
 
 Rounding = Literal["nearest", "stochastic"]
-FLOATS = {name: jnp.dtype(name) for name in ("float64", "float32", "float16", "bfloat16")}
-"""Dtypes that weights are stored in, by name."""
 
 
 class Fold:
@@ -37,10 +36,8 @@ class Fold:
             raise ValueError(
                 "Stochastic rounding needs a key, and nothing else does: save(..., rounding='stochastic', key=key)."
             )
-        if dtype is not None and str(jnp.dtype(dtype)) not in FLOATS:
-            raise ValueError(f"dtype must be one of {', '.join(FLOATS)}.\n  got: {dtype!r}")
         self.key = None if key is None else as_key(key, "key must be one PRNG key.")
-        self.dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        self.dtype = as_float(dtype)
         self.lost: dict[str, float] = {}
 
     def dtype_of(self, own: np.dtype) -> np.dtype:

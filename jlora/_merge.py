@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jlora import _jax, _paths
 from jlora._adapters import Adapter, FullWeight
+from jlora._dtypes import as_float
 from jlora._wrap import check_base, check_lora
 
 
@@ -20,8 +21,8 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
     Args:
         params: The base.
         lora: Adapters by path.
-        dtype: Of the merged leaves; by default each keeps its own. A bf16 leaf stores only about 5 to 10 % fine a small update: pass
-            ``jnp.float32`` to keep all of it.
+        dtype: Of the merged leaves of floats, a float of 16 bits or more; by default each keeps its own. A bf16 leaf stores only about 5
+            to 10 % fine a small update: pass ``jnp.float32`` to keep all of it.
         report: Also return what rounding lost.
 
     Returns:
@@ -30,7 +31,7 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
 
     Raises:
         TypeError: arguments in another order.
-        ValueError: an adapter belongs to another base.
+        ValueError: an adapter belongs to another base; ``dtype`` is none that weights are stored in.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -44,8 +45,7 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
         True
     """
     check_lora(lora, params)
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.inexact):
-        raise ValueError(f"merge(dtype=...) must be a floating dtype.\n  got: {dtype!r}")
+    dtype = as_float(dtype, "merge(dtype=...)")
     paths, leaves, tree = _paths.flatten(params)
     check_base(lora, paths, leaves)
     merged, lost = [], {}
@@ -87,7 +87,7 @@ def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Ar
     update = adapter.delta(w)
     wide = _jax.promote(w.dtype, update.dtype)
     total = w.astype(wide) + update.astype(wide)
-    stored = total.astype(dtype or w.dtype)
+    stored = total.astype(dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)

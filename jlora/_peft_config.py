@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import _files
+from jlora._advice import Advised
 
 FILE = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose conventions are followed
@@ -154,6 +155,7 @@ def write(
     task_type: str | None,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
+    dropout: float,
 ) -> None:
     """Writes a configuration in which alpha is the rank, so that the factors hold the scale."""
     content = {
@@ -164,7 +166,7 @@ def write(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "modules_to_save": sorted(saved) or None,
         "peft_type": "LORA",
         "peft_version": VERSION,
@@ -177,6 +179,34 @@ def write(
         "use_rslora": False,
     }
     _files.write_json(folder / FILE, content)
+
+
+def dropout_of(rates: Mapping[str, float], parameters: Sequence[str], wanted: float | None) -> float:
+    """The one rate that PEFT trains all factors with.
+
+    Args:
+        rates: Of each leaf to which PEFT applies one: it has none for tables.
+        parameters: Of the base, that are adapted themselves.
+        wanted: The rate to write whatever the leaves have.
+    """
+    if wanted is not None and not (_real(wanted) and 0 <= wanted < 1):
+        raise ValueError(f"dropout must be a rate from 0 up to, not including, 1.\n  got: {wanted!r}")
+    found = {rate: path for path, rate in rates.items()} if wanted is None else {wanted: ""}
+    if len(found) > 1:
+        (one, at), (two, there) = list(found.items())[:2]
+        raise Advised(
+            f"PEFT trains all factors with one rate of dropout, and these have several: {one} at '{at}', {two} at '{there}'.",
+            f"Say which it shall have: save(..., dropout={max(found)}).",
+            "dropout",
+        )
+    rate = float(next(iter(found), 0.0))
+    if rate and parameters:
+        raise Advised(
+            f"PEFT has no dropout for parameters that are adapted themselves, such as '{parameters[0]}', and refuses lora_dropout={rate}.",
+            "Say that it shall train without: save(..., dropout=0.0).",
+            "dropout",
+        )
+    return rate
 
 
 def _refuse(c: Mapping[str, Any], file: Path) -> None:

@@ -23,6 +23,9 @@ _ROLES = {
     ".lora_embedding_B": "b",
     ".token_adapter.trainable_tokens_delta": "tokens",
 }
+TRAINED = "modules_to_save"
+_WRAPPED = {TRAINED: 2, "original_module": 1}
+"""Of what a wrapper around a module that is saved whole holds, how many words may be between the wrapper and the module's own names."""
 FACTORS = ("a", "b", "b_bias")
 
 
@@ -83,6 +86,38 @@ def part_of(key: str, modules: Collection[str] = ()) -> Part:
         else:
             module = inner
     return Part(module, around.pop(module, 0), dict(around), role, end)
+
+
+def parts_of(keys: Collection[str], saved: Collection[str], modules: Collection[str] = ()) -> dict[str, Part]:
+    """What each tensor of a file is, without the copies that PEFT writes and does not read."""
+    copies = copies_of(keys, saved, modules)
+    return {key: part_of(key, modules) for key in keys if key not in copies}
+
+
+def copies_of(keys: Collection[str], saved: Collection[str], modules: Collection[str] = ()) -> dict[str, str]:
+    """The keys of tensors that PEFT writes twice, and for each the one that it reads.
+
+    With ``bias="all"`` it adds every bias under the name that it has in the model at hand. There a module that is saved whole is a wrapper
+    of two: ``original_module``, which the adapter turns off, and what was trained, ``modules_to_save.default`` (the adapter's name is cut
+    off where the bias is right inside).
+
+    Args:
+        keys: Of the file.
+        saved: ``modules_to_save`` of the configuration: names, or ends of them.
+        modules: Of the base, where they are known: none of them is a wrapper.
+    """
+    found: dict[str, str] = {}
+    for key in (key for key in keys if key.endswith(".bias")):
+        words = key.split(".")
+        for i, word in enumerate(words):
+            outer = ".".join(words[:i])
+            of_base = f"{outer}.{word}".removeprefix(PREFIX) in modules
+            if word not in _WRAPPED or of_base or not outer.endswith(tuple(saved)):
+                continue
+            ends = [words[i + 1 :], words[i + 2 :]][: _WRAPPED[word]]
+            read = (one for end in ends if (one := ".".join((outer, *end))) in keys)
+            found.update((key, one) for one in read)
+    return found
 
 
 def wrappers_of(parts: Iterable[Part]) -> dict[str, int]:

@@ -10,7 +10,7 @@ import numpy as np
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
 from jlora._advice import Advised
-from jlora._peft_keys import Part, joined, part_of
+from jlora._peft_keys import Part, joined, parts_of
 from jlora._peft_read import IN_PROJ, open_tensors
 from jlora._sites import Site, Sites
 
@@ -31,7 +31,7 @@ def sites_of(folder: Path, params: Mapping[str, Any], without: Collection[str] =
         ValueError: a module has several adapted parameters, which the file does not name.
     """
     config, tensors = _peft_config.read(folder), open_tensors(folder)
-    parts = {key: part_of(key) for key in tensors.header if key not in without}
+    parts = parts_of([key for key in tensors.header if key not in without], config.saved)
     found: dict[str, Site] = {}
     pairs: dict[tuple[str, int], dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
     for key, part in parts.items():

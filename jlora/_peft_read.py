@@ -19,11 +19,13 @@ from jlora._peft_keys import (
     FACTORS,
     PREFIX,
     TENSORS,
+    TRAINED,
     Part,
     check_once,
     containing,
+    copies_of,
     joined,
-    part_of,
+    parts_of,
     path_of,
     wrappers_of,
 )
@@ -78,7 +80,9 @@ class Reader:
         for name in self.by_name:
             self.own[name.rpartition(".")[0]].append(name)
         modules = {module for name in self.by_name for module in containing(name)}
-        self.parts = {key: part_of(key, modules) for key in self.tensors.header if key not in without}
+        keys = [key for key in self.tensors.header if key not in without]
+        self.copies = copies_of(keys, self.config.saved, modules)
+        self.parts = parts_of(keys, self.config.saved, modules)
         check_once(self.parts)
         self.wrappers = wrappers_of(self.parts.values())
         self.lost = [key for key, part in self.parts.items() if not self.is_known(part)]
@@ -264,6 +268,16 @@ class Reader:
                 "  The file was cut, or the base shares a weight that PEFT has twice (a tied head)."
             )
         self.check_wrapped()
+        self.check_copies()
+
+    def check_copies(self) -> None:
+        """Raises if what was trained is in the file twice, with two values."""
+        for key, one in self.copies.items():
+            if f".{TRAINED}." in key and not np.array_equal(self.read(key), self.read(one)):
+                raise ValueError(
+                    f"'{_files.shown(key)}' is a copy of '{_files.shown(one)}', which PEFT reads, and differs from it.\n"
+                    "  The file was changed: save it again with PEFT."
+                )
 
     def check_wrapped(self) -> None:
         """Raises if a key does not go through all wrappers that are around its module, and through no others."""

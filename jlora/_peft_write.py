@@ -11,6 +11,7 @@ import numpy as np
 from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
+from jlora._dtypes import as_float
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
@@ -30,6 +31,7 @@ def save(
     params: Any = None,
     task_type: str | None = None,
     dtype: Any = None,
+    dropout: float | None = None,
     portable: bool = True,
     overwrite: bool = False,
 ) -> None:
@@ -49,7 +51,9 @@ def save(
         sites: What ``jlora.sites`` found; needed only for adapters that were saved before these kept how a leaf is used.
         params: The base's values; needed where ``modules_to_save`` takes more leaves of a module than were trained.
         task_type: As PEFT has it, such as ``"CAUSAL_LM"``; not needed by ``PeftModel.from_pretrained``.
-        dtype: Of the tensors; by default that of the adapter.
+        dtype: Of the tensors, a float of 16 bits or more; by default that of the adapter.
+        dropout: The rate that the configuration names, with which PEFT trains all factors but those of tables; by default that of the
+            adapter, if it has one. Nothing but training uses it.
         portable: Pad all factors with zeros to one rank. Otherwise ranks that differ are listed in ``rank_pattern``, by whole names,
             which vLLM does not read.
         overwrite: Replace an adapter that is already there.
@@ -57,8 +61,9 @@ def save(
     Raises:
         FileExistsError: there is something at ``folder``.
         ImportError: safetensors is not installed.
-        ValueError: a leaf has no place in PEFT's format, a value is not finite, or several arrays would get one name; the base at
-            ``base_folder`` lacks a weight, or has it in another shape.
+        ValueError: a leaf has no place in PEFT's format, nor have leaves trained outright without factors beside them; rates of dropout
+            differ; a value is not finite, or several arrays would get one name; the base at ``base_folder`` lacks a weight, or has it in
+            another shape.
 
     Example:
         See ``load``.
@@ -67,7 +72,7 @@ def save(
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (_peft_config.FILE,), "what": "a PEFT adapter"}
     _files.check_free(path, **options)
-    writer = Writer(lora, names, sites, params, dtype)
+    writer = Writer(lora, names, sites, params, as_float(dtype))
     for leaf, adapter in sorted(lora.items()):
         if isinstance(adapter, LowRank):
             writer.factors(leaf, adapter)
@@ -77,6 +82,7 @@ def save(
         elif not isinstance(adapter, LowRank):
             raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
     ranks = writer.finish(portable)
+    rate = _peft_config.dropout_of(writer.rates, sorted(writer.parameters), dropout)
     if base_folder is not None:
         _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
@@ -87,6 +93,7 @@ def save(
             parameters=sorted(writer.parameters),
             saved=sorted(writer.saved),
             bias=writer.bias,
+            dropout=rate,
             base_model=base_model,
             task_type=task_type,
             **ranks,
@@ -120,6 +127,7 @@ class Writer:
         self.saved: dict[str, str] = {}  # modules that are saved whole, by their path
         self.wanted: dict[str, _peft_base.Wanted] = {}  # what the base has to have
         self.bias = "none"
+        self.rates: dict[str, float] = {}
 
     def _agree(self, name: str, other: Any) -> None:
         difference = self.base.difference(other)
@@ -179,6 +187,8 @@ class Writer:
                 part = _layouts.turned(part)
             x, y = _layouts.factors_to_peft(a, b, part, layer)
             y = _layouts.rotate(y, place.weight.rotary_heads, back=False)
+            if layer != "embedding":
+                self.rates[path] = adapter.dropout
             self.pair(place, layer, adapter.rank, x.astype(self.dtype or a.dtype), y.astype(self.dtype or a.dtype))
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
@@ -340,8 +350,10 @@ class Writer:
         self._check_saved()
         ranks = {key: rank for key, (_, rank, _) in self.pairs.items()}
         if not ranks:
-            raise ValueError(
-                "There are no factors in this adapter: PEFT has no place for leaves trained outright alone."
+            raise Advised(
+                "There are no factors in this adapter: PEFT has no place for leaves trained outright alone.",
+                "Write them into the base: jlora.export.save(folder, params, lora, sites=sites). Or train with a LoRA rule beside Full.",
+                "factors",
             )
         counts: dict[int, int] = defaultdict(int)
         for rank in ranks.values():

@@ -24,8 +24,8 @@ class LoRA:
     r"""Low-rank updates $W + s\,A B$ of the leaves that ``targets`` names.
 
     Attributes:
-        rank: $r$, the inner dimension of each update; at most the smaller side of the weight.
-        alpha: The update is scaled by ``alpha / rank``.
+        rank: $r$, the inner dimension of each update, 16 unless you say another; at most the smaller side of the weight.
+        alpha: The update is scaled by ``alpha / rank``; 32 unless you say another, also with another rank.
         targets: ``"all-linear"`` (every weight of a matrix product or convolution, but the output head), a regular expression that
             must match a whole path, a predicate on ``Site``, or several of these.
         rslora: Scale by ``alpha / sqrt(rank)`` instead, which keeps the update's size the same at high ranks (arXiv:2312.03732).

@@ -113,8 +113,18 @@ def check_lora(lora: Any, params: Any = None, *, name: str = "lora") -> None:
             "The adapter is empty: it would have no effect.\n  Call the function itself, or make an adapter with jlora.init."
         )
     raise TypeError(
-        f"{name} must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {type(lora).__name__}"
+        f"{name} must be a dict from path to adapter, from jlora.init or jlora.load.\n  got: {_described(lora)}"
     )
+
+
+def _described(given: Any) -> str:
+    """What was given in place of an adapter: parameters, if it is a tree with arrays and no adapter among its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(given, is_leaf=lambda x: isinstance(x, Adapter))
+    arrays = [(keys, x) for keys, x in leaves if keys and hasattr(x, "shape") and not isinstance(x, Adapter)]
+    if not arrays or any(isinstance(x, Adapter) for _, x in leaves):
+        return type(given).__name__
+    path = jax.tree_util.keystr(arrays[0][0], simple=True, separator="/")
+    return f"parameters, {type(given).__name__} with the array '{path}' {arrays[0][1].shape}"
 
 
 def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any]) -> None:

@@ -20,8 +20,9 @@ from jlora import _files, _hosts, _layouts, _paths
 from jlora._adapters import Adapter, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
+from jlora._dtypes import FLOATS
 from jlora._export_tree import save_orbax as save_orbax
-from jlora._fold import FLOATS, Fold, Rounding
+from jlora._fold import Fold, Rounding
 from jlora._fold import stochastic_round as stochastic_round
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._sites import Site, Sites

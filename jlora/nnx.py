@@ -3,10 +3,14 @@
 ``fn, params = jlora.nnx.split(module)`` gives what every function of jlora takes; ``jlora.nnx.merge(fn, params)`` gives a module again.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+
+from jlora import _paths
+from jlora._adapters import Adapter
 
 
 class Functional:
@@ -16,8 +20,9 @@ class Functional:
     raises, unless ``mutable=True``: then the call returns ``(output, state)``, and ``state=`` passes it to the next one.
     """
 
-    def __init__(self, graph: Any, state: Any, name: str):
+    def __init__(self, graph: Any, params: Any, state: Any, name: str):
         self._graph, self.state, self._name = graph, state, name
+        self._keys = _keys(params)
         self._unknown = _shape_only(state)
 
     def __repr__(self) -> str:
@@ -37,10 +42,11 @@ class Functional:
                 "  Split a module that has values, or pass its other state: fn(params, ..., state=state)."
             )
         state = self.state if state is None else state
-        module = nnx.merge(self._graph, nnx.State(params), state, copy=True)
+        mine = self._own(params)
+        module = nnx.merge(self._graph, mine, state, copy=True)
         out = getattr(module, method)(*args, **kwargs)
         parts: Any = nnx.split(module, nnx.Param, ...)
-        written = _changed(nnx.State(params), parts[1])
+        written = _changed(mine, parts[1])
         if written:
             raise ValueError(
                 f"The call writes the parameter '{written}', which a pure function of its parameters cannot."
@@ -55,9 +61,20 @@ class Functional:
             )
         return out
 
+    def _own(self, params: Any) -> nnx.State:
+        """The parameters under the module's own keys; nnx itself goes by their order, which that of other keys need not be."""
+        if isinstance(params, Mapping) and any(isinstance(x, Adapter) for x in params.values()):
+            raise TypeError(
+                f"The parameters of {self._name} come first.\n  got: an adapter\n"
+                "  Call jlora.wrap(fn)(params, lora, ...), or pass merged parameters: jlora.merge(params, lora)."
+            )
+        return nnx.State(_keyed(params, self._keys, self._name))
+
 
 def split(module: nnx.Module) -> tuple[Functional, Any]:
-    """Splits ``module`` into a pure function and its parameters, a plain nested dict.
+    """Splits ``module`` into a pure function and its parameters, a plain nested dict whose keys are strings.
+
+    The items of an ``nnx.List`` have the keys ``"0"``, ``"1"``, …, which orbax and ``jax.export`` keep as they are.
 
     Args:
         module: Any NNX module. For ``jlora.sites``, one of shapes will do, as ``nnx.eval_shape`` makes it.
@@ -79,7 +96,7 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
         raise TypeError(f"split takes an nnx.Module.\n  got: {type(module).__name__}")
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, params, state = parts
-    return Functional(graph, state, type(module).__name__), nnx.to_pure_dict(params)
+    return Functional(graph, params, state, type(module).__name__), _named(params)
 
 
 def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
@@ -89,10 +106,42 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
         fn: The function ``split`` returned.
         params: Its parameters, for example merged ones.
         state: The rest of the module's state, if a call with ``mutable=True`` returned another.
+
+    Raises:
+        TypeError: ``fn`` is no such function; ``params`` is an adapter.
+        ValueError: ``params`` has other leaves than the module.
     """
     if not isinstance(fn, Functional):
         raise TypeError(f"merge takes the function that jlora.nnx.split returned.\n  got: {type(fn).__name__}")
-    return nnx.merge(fn._graph, nnx.State(params), fn.state if state is None else state, copy=True)
+    return nnx.merge(fn._graph, fn._own(params), fn.state if state is None else state, copy=True)
+
+
+def _keys(params: Any) -> Any:
+    """The keys that the module has for its parameters: strings, and numbers where there is a list."""
+    return {key: _keys(x) for key, x in params.items()} if isinstance(params, Mapping) else None
+
+
+def _named(params: Any) -> Any:
+    """The values under keys that are strings."""
+    return {str(key): _named(x) for key, x in params.items()} if isinstance(params, Mapping) else _value(params)
+
+
+def _keyed(params: Any, keys: Any, name: str, at: tuple[str, ...] = ()) -> Any:
+    """The values under the keys that the module has."""
+    if keys is None:
+        return params
+    given = {str(key): x for key, x in params.items()} if isinstance(params, Mapping) else {}
+    wanted = {str(key): key for key in keys}
+    for what, these, those in (("lack", wanted, given), ("also have", given, wanted)):
+        odd = next((key for key in these if key not in those), None)
+        if odd is not None:
+            where, *near = ("/".join((*at, key)) for key in (odd, *_paths.nearest(odd, those)))
+            hint = f"\n  nearest: {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"These are not the parameters of {name}: they {what} '{where}'.{hint}\n"
+                "  Pass a tree like the one that jlora.nnx.split returned."
+            )
+    return {key: _keyed(given[word], keys[key], name, (*at, word)) for word, key in wanted.items()}
 
 
 def _shape_only(state: Any) -> str | None:

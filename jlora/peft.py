@@ -17,6 +17,7 @@ import numpy as np
 from jlora import _files, _layouts, _paths
 from jlora._adapters import Adapter, FullWeight, fingerprint
 from jlora._advice import Advised
+from jlora._dtypes import as_float
 from jlora._init import of_site, whole_of_site
 from jlora._names import Names, Place, default_name
 from jlora._names import Weight as Weight
@@ -48,7 +49,7 @@ def load(
             that a dict does not have get ``default_name``.
         params: The base's values, needed where the file has whole weights to compare with them or to put into them (a targeted
             embedding, trainable tokens). The factors are placed as the shardings of these imply.
-        dtype: Of the adapter; by default fp32 or wider.
+        dtype: Of the adapter, a float of 16 bits or more; by default fp32 or wider.
 
     Returns:
         Adapters by path, as from ``jlora.init``.
@@ -75,7 +76,7 @@ def load(
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1; Kalajdzievski, 2023, arXiv:2312.03732 (``use_rslora``).
     """
-    where = _files.folder(folder)
+    where, dtype = _files.folder(folder), as_float(dtype)
     sites, values = _base(base, params)
     reader = Reader(where, sites, names, values)
     return _placed(_loaded(reader, dtype), params if params is not None else base)
@@ -93,7 +94,7 @@ def read(
         folder: Holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         params: Values of the base by the name of their weight, needed where the file adds to them: to biases (``lora_bias``), and to a
             table of which it has some rows (trained tokens).
-        dtype: Of the adapter; by default fp32 or wider.
+        dtype: Of the adapter, a float of 16 bits or more; by default fp32 or wider.
 
     Returns:
         The adapters by the name of their weight, and what the file tells of these.
@@ -103,7 +104,7 @@ def read(
         ValueError: as for ``load``; the file needs its base to be understood (trained tokens and biases of B without ``params``, unnamed
             experts).
     """
-    return _read(_files.folder(folder), {} if params is None else params, dtype=dtype)
+    return _read(_files.folder(folder), {} if params is None else params, dtype=as_float(dtype))
 
 
 def _read(
@@ -178,8 +179,8 @@ def _assemble(reader: Reader, path: str, pairs: list[Pair], dtype: Any) -> Adapt
         slices[index] = a, b, pair.scale
     scale = max(s for _, _, s in slices.values())
     rank = max(a.shape[-1] for a, _, _ in slices.values())
-    axes = _layouts.axes_of(site)
-    some, dropout = next(iter(slices.values())), 0.0 if axes.window else reader.config.dropout
+    layers = {pair.layer for pair in pairs}
+    some, dropout = next(iter(slices.values())), 0.0 if layers == {"embedding"} else reader.config.dropout
     if () in slices:
         return of_site(jnp.asarray(some[0]), jnp.asarray(some[1]), site, scale, dropout, reader.sites.base)
     sizes = tuple(site.shape[d] for d in site.batch)

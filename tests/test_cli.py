@@ -130,6 +130,18 @@ def same_updates(one, two, tol=1e-5):
 # --- info ---------------------------------------------------------------------------------------------------------------
 
 
+def test_rates_of_dropout_that_differ(here):
+    jlora.save("two", trained(3, [jlora.LoRA(rank=2, dropout=0.25, targets=UP), jlora.LoRA(rank=2, targets=DOWN)]))
+    message = call("convert", "two", "peft", "--to", "peft", code=2)
+    assert f"have several: 0.0 at '{DOWN}', 0.25 at '{UP}'" in message
+    assert "--dropout RATE" in message
+    call("convert", "two", "peft", "--to", "peft", "--dropout", 0.5)
+    assert json.loads(Path("peft/adapter_config.json").read_text())["lora_dropout"] == 0.5
+    call("combine", "sum", "two", "two", "--dropout", 0.125)
+    assert {x.dropout for x in jlora.load("sum").values()} == {0.125}
+    assert "--dropout takes a rate" in call("combine", "again", "two", "two", "--dropout", 1, code=2)
+
+
 def test_info_of_an_own_adapter(own):
     found = called("info", "one")
     sites = {site["path"]: site for site in found["sites"]}

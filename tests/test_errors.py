@@ -122,8 +122,26 @@ def test_argument_of_the_name_that_apply_keeps():
 
 
 def test_merge_into_integers():
-    with pytest.raises(ValueError, match=r"merge\(dtype=\.\.\.\) must be a floating dtype"):
+    with pytest.raises(ValueError, match=r"merge\(dtype=\.\.\.\) must be one of float64, float32"):
         jlora.merge(PARAMS, init(jlora.LoRA(rank=1)), dtype=jnp.int8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.float8_e4m3fn, bool, "floating"])
+def test_merge_into_what_destroys_values(dtype):
+    with pytest.raises(ValueError, match=r"merge\(dtype=\.\.\.\) must be one of .*bfloat16.\n  got: "):
+        jlora.merge(PARAMS, init(jlora.LoRA(rank=1)), dtype=dtype)
+
+
+def test_merge_keeps_complex_leaves():
+    params = {"w": jnp.ones((3, 5), jnp.complex64) * 1j}
+    lora = jlora.init(
+        KEY,
+        params,
+        jlora.sites(lambda p, x: x @ p["w"], params, X.astype(jnp.complex64)),
+        jlora.LoRA(rank=1, targets="w"),
+    )
+    merged = jlora.merge(params, lora, dtype=jnp.float32)
+    np.testing.assert_array_equal(merged["w"], params["w"])
 
 
 def test_empty_leaf():
@@ -249,8 +267,14 @@ def test_arguments_in_another_order():
         jlora.wrap(net)(lora, PARAMS, X)
     with pytest.raises(TypeError, match="The parameters come first"):
         jlora.merge(lora, PARAMS)
-    with pytest.raises(TypeError, match="lora must be a dict from path to adapter"):
+    with pytest.raises(TypeError, match=r"lora must be a dict from path to adapter.*\n  got: \w*Array"):
         jlora.wrap(net)(PARAMS, X)
+    with pytest.raises(
+        TypeError, match=r"lora must be .*\n  got: parameters, dict with the array 'head/kernel' \(\d+, \d+\)"
+    ):
+        jlora.wrap(net)(PARAMS, PARAMS, X)
+    with pytest.raises(TypeError, match=r"lora must be .*\n  got: dict"):
+        jlora.wrap(net)(PARAMS, {"adapter": lora, "step": X}, X)
     with pytest.raises(TypeError, match=r"The function comes first: wrap\(fn\)"):
         jlora.wrap(PARAMS)
     with pytest.raises(ValueError, match="dense must be 'error' or 'allow'"):

@@ -1,5 +1,6 @@
 """Merged exports: what is written is the merged base, under PyTorch's names, leaf by leaf; artifacts run without jlora."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -226,6 +227,25 @@ def test_an_artifact_runs_without_jlora(tmp_path):
     found = load_file(tmp_path / "out.safetensors")
     for name, lora in {"one": LORA, "two": other}.items():
         np.testing.assert_allclose(found[name], net(jlora.merge(PARAMS, lora), jnp.ones((5, 3))), rtol=1e-5)
+
+
+def test_what_jax_does_not_serialise_is_refused(monkeypatch):
+    def fn(params, x):
+        return x["in"][0] @ params["layers"][0]
+
+    params, x = {"layers": {0: jnp.ones((3, 5))}}, {"in": {0: X}}
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, x), jlora.LoRA(rank=2, targets="layers/0"))
+    with pytest.raises(
+        ValueError, match=r"only dicts whose keys are strings.\n  got: 0 in 'layers/0' of params\n.*str\(key\)"
+    ):
+        jlora.export.function(fn, params, lora, x)
+    named = {"layers": [params["layers"][0]]}
+    with pytest.raises(ValueError, match=r"got: 0 in '0/in/0' of args"):
+        jlora.export.function(fn, named, lora, x)
+    jlora.export.function(fn, named, lora, {"in": [X]}).serialize()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'flatbuffers is missing.*\n  pip install "jlora\[peft\]"'):
+        jlora.export.function(fn, named, lora, {"in": [X]})
 
 
 def test_arrays_are_refused():

@@ -1,4 +1,4 @@
-"""Discovery, initial values, merging, shardings and NNX, beyond what the laws say."""
+"""Discovery, initial values, merging and shardings, beyond what the laws say."""
 
 import dataclasses
 import inspect
@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BY_NAME, D, M, X
-from flax import nnx
+from cases import BY_NAME, D, M
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -302,114 +301,6 @@ def test_shardings_of_an_inner_jit_are_kept():
     program = str(jax.make_jaxpr(jlora.wrap(fn))(params, lora, x))
     assert program.count("sharding_constraint") == 2
     np.testing.assert_array_equal(jax.jit(jlora.wrap(fn))(params, lora, x), fn(params, x))
-
-
-# --- NNX -------------------------------------------------------------------------------------------------------------
-
-
-class Noisy(nnx.Module):
-    def __init__(self, rngs):
-        self.lin = nnx.Linear(D, M, rngs=rngs)
-        self.norm = nnx.BatchNorm(M, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.drop(self.norm(self.lin(x)))
-
-    def double(self, x):
-        return 2.0 * self.lin(x)
-
-
-def test_nnx_round_trip():
-    module = Noisy(nnx.Rngs(0))
-    module.eval()
-    fn, params = jlora.nnx.split(module)
-    assert set(params) == {"lin", "norm"}
-    np.testing.assert_array_equal(fn(params, X), module(X))
-    np.testing.assert_array_equal(fn(params, X, method="double"), module.double(X))
-    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params, X), jlora.LoRA(rank=2, targets="lin/kernel"))
-    lora = jax.tree.map(lambda x: x + 0.1, lora)
-    again = jlora.nnx.merge(fn, jlora.merge(params, lora))
-    assert isinstance(again, Noisy)
-    np.testing.assert_allclose(again(X), jlora.wrap(fn)(params, lora, X), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(module(X), fn(params, X))  # the first module is as it was
-
-
-def test_nnx_state_that_changes_is_not_lost():
-    fn, params = jlora.nnx.split(Noisy(nnx.Rngs(0)))
-    with pytest.raises(
-        ValueError,
-        match=r"The call changes '(norm/mean|drop/rngs/count)\S*'.*which a pure function cannot.*\n.*mutable=True",
-    ):
-        fn(params, X)
-    out, state = fn(params, X, mutable=True)
-    assert not any((x is y) for x, y in [(jax.tree.leaves(state)[0], jax.tree.leaves(fn.state)[0])])
-    second, _ = fn(params, X, mutable=True, state=state)
-    assert (out != second).any()
-    lora = jlora.init(
-        jax.random.key(0), params, jlora.sites(fn, params, X, mutable=True), jlora.LoRA(rank=2, targets="lin/kernel")
-    )
-    adapted, _ = jlora.wrap(fn)(params, lora, X, mutable=True)
-    np.testing.assert_allclose(adapted, out, rtol=1e-6)
-    module = jlora.nnx.merge(fn, params, state)
-    np.testing.assert_array_equal(module.norm.mean[...], state["norm"]["mean"][...])
-
-
-class Writes(nnx.Module):
-    def __init__(self, rngs, what):
-        self.lin, self.what = nnx.Linear(D, M, rngs=rngs), what
-        self.norm = nnx.BatchNorm(M, use_running_average=True, rngs=rngs)
-
-    def __call__(self, x):
-        y = self.lin(x)
-        if self.what == "sow":
-            self.y = nnx.Intermediate(y)
-        if self.what == "param":
-            self.lin.bias[...] = 2.0 * self.lin.bias[...] + 1.0
-        if self.what == "jit":
-            return nnx.jit(lambda m, x: m.norm(x))(self, y)
-        return self.norm(y)
-
-
-def test_nnx_calls_that_write():
-    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "sow"))
-    with pytest.raises(ValueError, match=r"The call changes 'y'"):
-        fn(params, X)
-    out, state = fn(params, X, mutable=True)
-    assert state["y"][...].shape == out.shape
-    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "param"))
-    with pytest.raises(ValueError, match=r"The call writes the parameter 'lin/bias'"):
-        fn(params, X, mutable=True)
-    fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "jit"))
-    assert fn(params, X).shape == (*X.shape[:-1], M)
-
-
-@pytest.mark.parametrize("evaluated", [True, False])
-def test_nnx_sites_of_a_module_without_values(evaluated):
-    """Weights are found by shapes; batch statistics and random streams need no values either."""
-    how = {} if evaluated else {"mutable": True}
-    modules = [nnx.eval_shape(lambda: Noisy(nnx.Rngs(0))), Noisy(nnx.Rngs(0))]
-    found = []
-    for module in modules:
-        if evaluated:
-            module.eval()
-        fn, params = jlora.nnx.split(module)
-        found.append(jlora.sites(fn, params, X, **how))
-    assert dict(found[0]) == dict(found[1])
-    assert found[0].base == found[1].base
-    shapes, params, real = *jlora.nnx.split(modules[0]), jlora.nnx.split(modules[1])[1]
-    with pytest.raises(ValueError, match=r"split without values.*shape of '(norm|drop)/\S+' is known.*\n.*state=state"):
-        shapes(real, X, **how)
-    if evaluated:
-        fn, _ = jlora.nnx.split(modules[1])
-        np.testing.assert_array_equal(shapes(real, X, state=fn.state), fn(real, X))
-
-
-def test_nnx_wrong_arguments():
-    with pytest.raises(TypeError, match=r"split takes an nnx.Module"):
-        jlora.nnx.split(Net())
-    with pytest.raises(TypeError, match=r"merge takes the function that jlora\.nnx\.split returned"):
-        jlora.nnx.merge(lambda p: p, {})
 
 
 # --- loops that end at different times -----------------------------------------------------------------------------

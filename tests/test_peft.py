@@ -442,8 +442,59 @@ def test_saving_is_refused(tmp_path, saved):
     assert (saved / "adapter_model.safetensors").read_bytes() != before
 
 
+def written_rate(folder, *rules, **options):
+    jlora.peft.save(folder, fresh(*rules), **options)
+    return json.loads((folder / "adapter_config.json").read_text())["lora_dropout"]
+
+
+def test_one_rate_of_dropout_is_that_of_the_file(tmp_path):
+    up, down = (jlora.LoRA(rank=2, dropout=0.25, targets=f"{name}/kernel") for name in ("up", "down"))
+    assert written_rate(tmp_path / "a", up, down) == 0.25
+    again = jlora.peft.load(tmp_path / "a", SITES)
+    assert {x.dropout for x in again.values()} == {0.25}
+    other = jlora.LoRA(rank=2, targets="down/kernel")
+    with pytest.raises(
+        ValueError, match=r"have several: 0\.0 at 'down/kernel', 0\.25 at 'up/kernel'.*\n.*dropout=0\.25"
+    ):
+        written_rate(tmp_path / "b", up, other)
+    assert not (tmp_path / "b").exists()
+    assert written_rate(tmp_path / "b", up, other, dropout=0.5) == 0.5
+    for wrong in (1.0, -0.1, float("nan"), "0.1", True):
+        with pytest.raises(ValueError, match=r"dropout must be a rate from 0 up to"):
+            written_rate(tmp_path / "c", up, dropout=wrong)
+
+
+def test_peft_has_no_dropout_for_parameters(tmp_path):
+    names = {"down/kernel": Weight("down.weight", nesting=0)}
+    rule = jlora.LoRA(rank=2, dropout=0.25, targets=".*kernel")
+    with pytest.raises(
+        ValueError, match=r"no dropout for parameters .* 'down.weight', and refuses.*0\.25.*\n.*dropout=0\.0"
+    ):
+        written_rate(tmp_path / "a", rule, names=names)
+    assert written_rate(tmp_path / "a", rule, names=names, dropout=0.0) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, jnp.float8_e5m2, bool, "half-way"])
+def test_dtypes_that_destroy_values_are_refused(dtype, tmp_path, saved):
+    for call in (
+        lambda: jlora.peft.save(tmp_path / "b", fresh(), dtype=dtype),
+        lambda: jlora.peft.load(saved, SITES, dtype=dtype),
+        lambda: jlora.peft.read(saved, dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match=r"dtype must be one of float64, float32, float16, bfloat16\.\n  got: "):
+            call()
+    assert not (tmp_path / "b").exists()
+
+
+def test_parameters_in_place_of_an_adapter(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"(?s)lora must be a dict.*got: parameters, dict with the array 'down/bias' \(7,\)"
+    ):
+        jlora.peft.save(tmp_path / "b", PARAMS)
+
+
 def test_leaves_without_a_place_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="There are no factors in this adapter"):
+    with pytest.raises(ValueError, match=r"There are no factors in this adapter.*\n.*jlora\.export\.save.*LoRA rule"):
         jlora.peft.save(tmp_path / "a", fresh(jlora.Full(targets="down/bias")))
     lora = fresh(jlora.Full(targets="down/kernel"), jlora.LoRA(rank=2, targets="up/kernel"))
     with pytest.raises(ValueError, match="PEFT saves the module 'down' whole, and 'down/bias' was not trained"):
@@ -524,6 +575,31 @@ def test_what_is_inside_a_saved_module_is_saved(saved):
         jlora.peft.load(saved, SITES, params=PARAMS)
     edit(saved, {"modules_to_save": ["own"]})  # PEFT compares the ends of names
     np.testing.assert_array_equal(jlora.peft.load(saved, SITES)["down/kernel"].value, little.T)
+
+
+def test_biases_that_peft_writes_twice(saved):
+    """As with ``bias="all"`` and ``modules_to_save``; one of the two is read, whatever the base or the file is asked for."""
+    low = {k: None for k in load_file(saved / "adapter_model.safetensors") if ".down." in k}
+    down, bias = "base_model.model.down", np.full(7, 2.0, np.float32)
+    whole = {f"{down}.weight": np.ones((7, 5), np.float32), f"{down}.bias": bias}
+    twice = {f"{down}.modules_to_save.bias": bias, f"{down}.original_module.bias": 0 * bias}
+    edit(saved, {"target_modules": ["up"], "bias": "all"}, low | whole | twice)
+    with pytest.raises(
+        ValueError, match=r"2 tensors of the adapter are for nothing in the base: .*modules_to_save.bias"
+    ):
+        jlora.peft.load(saved, SITES, params=PARAMS)
+    edit(saved, {"modules_to_save": ["down"]})
+    np.testing.assert_array_equal(jlora.peft.load(saved, SITES)["down/bias"].value, bias)
+    np.testing.assert_array_equal(jlora.peft.read(saved)[0]["down.bias"].value, bias)
+    edit(saved, tensors={f"{down}.modules_to_save.bias": bias + 1})
+    for call in (lambda: jlora.peft.load(saved, SITES), lambda: jlora.peft.read(saved)):
+        with pytest.raises(
+            ValueError, match=r"down.modules_to_save.bias' is a copy of '.*down.bias'.*differs.*\n.*changed"
+        ):
+            call()
+    edit(saved, tensors={f"{down}.bias": None})
+    with pytest.raises(ValueError, match=r"for nothing in the base"):
+        jlora.peft.load(saved, SITES)
 
 
 def test_layers_that_a_pattern_left_out_may_be_missing(tmp_path):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_models import PORTS, llama
-from test_peft import FOLDER, base_of, expected
+from safetensors.numpy import load_file as numpy_file
+from test_peft import FOLDER, base_of, edit, expected
 from test_peft import promotion as promotion
 
 import jlora
@@ -36,10 +37,10 @@ def adapters(port, sites, params, rules, seed=7):
 
 
 CASES = {
-    "llama": [jlora.LoRA(rank=3, alpha=7)],
+    "llama": [jlora.LoRA(rank=3, alpha=7, dropout=0.1)],
     "llama, ranks and scales that differ": (
         "llama",
-        [jlora.LoRA(rank=4, alpha=3, rslora=True, targets=ATTENTION), jlora.LoRA(rank=2, alpha=9, dropout=0.1)],
+        [jlora.LoRA(rank=4, alpha=3, rslora=True, targets=ATTENTION), jlora.LoRA(rank=2, alpha=9)],
     ),
     "llama_embedding": [jlora.LoRA(rank=3, targets=["embed", "head", "layers/q"])],
     "llama_tied": [jlora.LoRA(rank=3, targets=["embed", "layers/v"])],
@@ -61,7 +62,7 @@ CASES = {
         "bert",
         [jlora.Full(targets=".*/classifier/kernel"), jlora.LoRA(rank=3, targets=".*/(query|value)/kernel")],
     ),
-    "vision": [jlora.LoRA(rank=3, alpha=5)],
+    "vision": [jlora.LoRA(rank=3, alpha=5, dropout=0.1)],
     "vision, head": ("vision", [jlora.LoRA(rank=2), jlora.LoRA(rank=3, targets=["head/kernel"])]),
     "experts": [jlora.LoRA(rank=2, alpha=5, targets="experts/.*"), jlora.LoRA(rank=3, targets="head/kernel")],
     "experts alone": ("experts", [jlora.LoRA(rank=2, alpha=5, targets="experts/.*")]),
@@ -96,6 +97,20 @@ def test_peft_computes_what_we_compute(name, portable, tmp_path):
     np.testing.assert_allclose(in_peft(kind, x, tmp_path / "a"), ours, atol=1e-5)
     again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
     np.testing.assert_allclose(jlora.wrap(port.fn)(params, again, x), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("vision", "all-linear"), ("llama_embedding", ["embed", "layers/q"])])
+def test_peft_trains_with_the_rate_that_is_written(kind, targets, tmp_path):
+    port, x = PORTS[kind](), expected(kind)["x"]
+    sites, params = base_of(kind, port, x)
+    lora = adapters(port, sites, params, [jlora.LoRA(rank=2, dropout=0.25, targets=targets)])
+    jlora.peft.save(tmp_path / "a", lora, names=port.names)
+    model = PeftModel.from_pretrained(torch_base(kind), tmp_path / "a")
+    layers = [m.lora_dropout["default"] for m in model.modules() if hasattr(m, "lora_dropout")]
+    assert layers
+    assert {layer.p for layer in layers} == {0.25}
+    again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    assert {path: x.dropout for path, x in again.items()} == {path: 0.0 if path == "embed" else 0.25 for path in lora}
 
 
 def test_rows_of_rotary_pairs_are_exchanged(tmp_path):
@@ -134,6 +149,10 @@ def torch_base(kind):
     if lacking:
         model.tie_weights()
     return model
+
+
+def tensors_of(folder):
+    return numpy_file(folder / "adapter_model.safetensors")
 
 
 def in_peft(kind, x, folder):
@@ -330,6 +349,33 @@ def test_matrices_that_are_adapted_themselves(targets, tmp_path):
 def test_peft_cannot_do_what_is_refused_here(error, options):
     with pytest.raises(error, match=r"ParamWrapper"):
         get_peft_model(torch_base("nested"), LoraConfig(r=2, target_modules=[], **options))
+
+
+@pytest.mark.parametrize(("module", "leaf"), [("classifier", "classifier/bias"), ("pooler", "pooler/dense/bias")])
+def test_all_biases_beside_a_module_that_is_saved_whole(module, leaf, tmp_path):
+    """PEFT writes the biases of that module again, under the names that they have inside its wrapper, and does not read those."""
+    port, x = PORTS["bert"](), expected("bert")["x"]
+    sites, params = base_of("bert", port, x)
+    config = LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=[module], init_lora_weights=False)
+    model = get_peft_model(torch_base("bert"), config)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(torch.randn_like(p) / 4)
+    model.save_pretrained(tmp_path / "a")
+    copies = {k: v for k, v in tensors_of(tmp_path / "a").items() if f".{module}.modules_to_save." in k}
+    others = {k: v for k, v in tensors_of(tmp_path / "a").items() if f".{module}.original_module." in k}
+    assert len(copies) == len(others) == 1
+    lora = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    name = next(path for path in lora if path.endswith(leaf))
+    np.testing.assert_array_equal(lora[name].value, next(iter(copies.values())))
+    ours = jlora.wrap(port.fn)(params, lora, x)
+    np.testing.assert_allclose(in_peft("bert", x, tmp_path / "a"), ours, atol=1e-5)
+    alone = jlora.peft.read(tmp_path / "a")[0]
+    assert len(alone) == len(tensors_of(tmp_path / "a")) - 2 - 2  # two pairs of factors
+    edit(tmp_path / "a", tensors={key: x + 1 for key, x in others.items()})
+    np.testing.assert_allclose(in_peft("bert", x, tmp_path / "a"), ours, atol=1e-5)
+    again = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
 
 
 def test_peft_never_calls_an_output_projection_that_is_the_target(tmp_path):

@@ -28,6 +28,7 @@ class Axes(NamedTuple):
     use: str
     window: tuple[int, ...]
     groups: int
+    dilated: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -62,7 +63,8 @@ def axes_of(leaf: Site | LowRank | FullWeight) -> Axes:
     use = leaf.kind if isinstance(leaf, Site) else leaf.use
     plain = isinstance(leaf, Site) and leaf.is_plain
     roles = ((), (), ()) if plain else (leaf.inputs, leaf.outputs, leaf.batch)
-    return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups)
+    dilated = not isinstance(leaf, FullWeight) and leaf.dilated  # which nothing asks of a whole weight
+    return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups, dilated)
 
 
 def unknown(shape: tuple[int, ...]) -> Axes:

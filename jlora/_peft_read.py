@@ -159,6 +159,12 @@ class Reader:
                 f"'{place.path}' is a convolution in groups, or transposed, where PEFT's factors are another shape.\n"
                 "  Merge the adapter into its base with PEFT, and extract one."
             )
+        if axes.dilated:
+            raise ValueError(
+                f"'{place.path}' is a dilated convolution, and PEFT computes lora_A without the dilation (up to {_peft_config.VERSION}): "
+                "what it trained is no update of this weight.\n"
+                f"  Train it here, or without '{_files.shown(module)}'; merging it with PEFT gives another function than it trained."
+            )
         count = axes.experts if layer == "parameter" else 1
         rank = (a[0] if a else 0) // max(count, 1)
         swapped = layer == "parameter" and self.is_swapped(place, axes, rank, (a, b))

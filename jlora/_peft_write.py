@@ -158,6 +158,11 @@ class Writer:
             raise ValueError(
                 f"PEFT has no factors for '{path}', a convolution in groups, or transposed.\n  Merge it instead."
             )
+        if axes.dilated:
+            raise ValueError(
+                f"No factors of '{path}', a dilated convolution, mean the same to PEFT, which computes lora_A without the dilation (up to "
+                f"{_peft_config.VERSION}).\n  Merge it instead."
+            )
         several = self.places[path]
         if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
             raise Advised(

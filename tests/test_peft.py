@@ -5,7 +5,7 @@ The fixtures come from ``make_peft_fixtures.py``; ``test_peft_real.py`` goes the
 
 import json
 import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -475,6 +475,30 @@ def test_a_grouped_convolution_is_refused(tmp_path):
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="kernel"))
     with pytest.raises(ValueError, match="a convolution in groups, or transposed"):
         jlora.peft.save(tmp_path / "a", lora, names={"kernel": "conv.weight"})
+
+
+def dilated(params, x, by=2):
+    names = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, params["kernel"], [1], "SAME", rhs_dilation=[by], dimension_numbers=names)
+
+
+def test_a_dilated_convolution_is_refused(tmp_path):
+    """PEFT makes lora_A a convolution without the dilation; where the window has one place, there is none."""
+    params, x, names = {"kernel": jnp.ones((3, 4, 6))}, jnp.ones((1, 9, 4)), {"kernel": "conv.weight"}
+    rules = jlora.LoRA(rank=2, targets="kernel")
+    sites = jlora.sites(dilated, params, x)
+    lora = jlora.init(jax.random.key(0), params, sites, rules)
+    with pytest.raises(ValueError, match=r"'kernel', a dilated convolution, .*\n  Merge it instead"):
+        jlora.peft.save(tmp_path / "a", lora, names=names)
+    jlora.save(tmp_path / "j", lora)
+    with pytest.raises(ValueError, match="a dilated convolution"):
+        jlora.peft.save(tmp_path / "a", jlora.load(tmp_path / "j"), names=names)
+    plain = jlora.init(jax.random.key(0), params, jlora.sites(partial(dilated, by=1), params, x), rules)
+    jlora.peft.save(tmp_path / "a", plain, names=names)
+    with pytest.raises(ValueError, match=r"'kernel' is a dilated convolution, .*no update of this weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=names)
+    one = {"kernel": jnp.ones((1, 4, 6))}
+    assert not jlora.sites(dilated, one, x)["kernel"].dilated
 
 
 def test_a_tied_table_needs_both_names(tmp_path):

@@ -303,11 +303,13 @@ class Reader:
     def factors(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         """The factors of a slice in the leaf's layout."""
         x, y = (self.read(pair.keys[role]) for role in ("a", "b"))
+        batch = len(pair.axes.batch)
         if pair.swapped:
             a, b = _layouts.factors_from_peft(x, y, _layouts.turned(pair.axes), pair.layer)
-            return _layouts.turned_factors(a, b, len(pair.axes.batch))
-        y = _layouts.rotate(y, pair.place.weight.rotary_heads, back=True)
-        return _layouts.factors_from_peft(x, y, pair.axes, pair.layer)
+            a, b = _layouts.turned_factors(a, b, batch)
+        else:
+            a, b = _layouts.factors_from_peft(x, y, pair.axes, pair.layer)
+        return a, _layouts.rotated_outputs(b, pair.place.weight.rotary_heads, batch, back=True)
 
 
 def open_tensors(folder: Path) -> _files.Safetensors:

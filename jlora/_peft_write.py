@@ -179,11 +179,11 @@ class Writer:
             self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
+            b = _layouts.rotated_outputs(b, place.weight.rotary_heads, len(part.batch), back=False)
             if layer == "parameter" and _layouts.is_across(part, place.weight):
                 a, b = _layouts.turned_factors(a, b, len(part.batch))
                 part = _layouts.turned(part)
             x, y = _layouts.factors_to_peft(a, b, part, layer)
-            y = _layouts.rotate(y, place.weight.rotary_heads, back=False)
             self.pair(place, layer, adapter.rank, x.astype(self.dtype or a.dtype), y.astype(self.dtype or a.dtype))
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:

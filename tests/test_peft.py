@@ -326,6 +326,27 @@ def test_square_experts_by_version(tmp_path, version, layout, across):
         jlora.peft.load(tmp_path / "a", sites, names={"experts": "mlp.experts"})
 
 
+HALVES = np.array([0, 2, 1, 3, 4, 6, 5, 7])  # of two heads of four, whose pairs lie side by side here
+
+
+@pytest.mark.parametrize(("batch", "layout"), [("e", "in_out"), ("e", "out_in"), ("", "in_out"), ("", "out_in")])
+def test_rotary_pairs_are_outputs_in_every_layout(tmp_path, batch, layout):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((3, 4, 8) if batch else (4, 8)), jnp.float32)
+    x = jnp.ones((*w.shape[:-2], 2, 4))
+    sites = jlora.sites(lambda p, x: jnp.einsum(f"{batch}td,{batch}dh->{batch}th", x, p["w"]), {"w": w}, x)
+    lora = jlora.init(jax.random.key(0), {"w": w}, sites, jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), lora)
+    names = {"w": Weight("moe.w", layout, rotary_heads=2, nesting=0)}
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    again = jlora.peft.load(tmp_path / "a", sites, names=names)
+    np.testing.assert_allclose(again["w"].delta(), lora["w"].delta(), rtol=1e-5, atol=1e-6)
+    jlora.export.save(tmp_path / "m", {"w": w}, sites=sites, names=names)
+    there = load_file(tmp_path / "m" / "model.safetensors")["moe.w"]
+    np.testing.assert_array_equal(there if layout == "in_out" else there.swapaxes(-1, -2), w[..., HALVES])
+    np.testing.assert_array_equal(jlora.export.load(tmp_path / "m", {"w": w}, sites=sites, names=names)["w"], w)
+
+
 NAMES_ERRORS = [
     ({"upp/kernel": "up.weight"}, ValueError, "No leaf has the path 'upp/kernel' of names.\n  nearest: up/kernel"),
     ({"up/kernel": "down.weight"}, ValueError, "'down.weight' is the name of 'down/kernel' and 'up/kernel'"),
@@ -356,6 +377,9 @@ def test_the_name_of_a_module_is_none_of_a_parameter(tmp_path):
 def test_bad_weights():
     with pytest.raises(ValueError, match=r"layout=.* must be 'out_in' or 'in_out'"):
         Weight("a.weight", layout="oi")
+    for heads in (0, -2, True, 2.0):
+        with pytest.raises(ValueError, match=r"rotary_heads=.* must be the number of heads, 1 or more"):
+            Weight("a.weight", rotary_heads=heads)
 
 
 def test_parameters_alone_tell_only_plain_kernels(tmp_path):

@@ -24,6 +24,7 @@ pytestmark = [
 if not MISSING:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
 
 ATTENTION = "layers/[qkvo]"
 
@@ -123,7 +124,6 @@ def test_a_merged_export_is_the_model_of_transformers(tmp_path):
 
 def torch_base(kind):
     import make_peft_fixtures as make
-    from safetensors.torch import load_file
 
     torch.manual_seed(0)
     model = make.CASES[kind][0]().eval()
@@ -194,13 +194,47 @@ def test_square_experts_in_either_layout(layout, is_transposed, tmp_path):
     np.testing.assert_allclose(jlora.wrap(fn)(params, again, x), theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_rotary_pairs_of_parameters_are_exchanged_as_merged_ones_are(layout, experts, tmp_path):
+    class Held(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros([experts, 8, 8] if experts else [8, 8]))
+
+        def forward(self, x):
+            return torch.einsum("td,...dh->...th" if layout == "in_out" else "td,...hd->...th", x, self.w)
+
+    def there(folder):
+        model = torch.nn.Sequential(Held())
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model
+
+    e = "e" if experts else ""
+    fn = lambda p, x: jnp.einsum(f"{e}td,{e}dh->{e}th", jnp.broadcast_to(x, (*p["w"].shape[:-2], 5, 8)), p["w"])  # noqa: E731
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((experts, 8, 8) if experts else (8, 8)), jnp.float32)}
+    x = rng.standard_normal((5, 8)).astype(np.float32)
+    sites = jlora.sites(fn, params, x)
+    names = {"w": jlora.peft.Weight("0.w", layout, rotary_heads=2, nesting=0)}
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets="w")])
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    jlora.export.save(tmp_path / "base", params, sites=sites, names=names)
+    jlora.export.save(tmp_path / "merged", params, lora, sites=sites, names=names)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(there(tmp_path / "base"), tmp_path / "a").eval()(torch.as_tensor(x)).numpy()
+        merged = there(tmp_path / "merged")(torch.as_tensor(x)).numpy()
+    halves = np.array([0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x)[..., halves], atol=1e-4)
+    np.testing.assert_allclose(theirs, merged, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 def test_transposed_convolutions_are_pytorchs(transpose_kernel, stride, tmp_path):
     """Merged into a state_dict, and trained outright beside factors of the head."""
     import torch
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     class Model(torch.nn.Module):
         def __init__(self):

@@ -65,7 +65,11 @@ _REFUSED = {
 
 
 class Config(NamedTuple):
-    """What of a configuration matters."""
+    """What of a configuration matters.
+
+    ``knows_ties`` tells whether PEFT found out that a head is tied to a table: it asks the configuration of a model of transformers, and
+    never the weights.
+    """
 
     rank: int
     alpha: float
@@ -79,6 +83,7 @@ class Config(NamedTuple):
     saved: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
     tying: bool
+    knows_ties: bool
     version: tuple[int, ...]
 
     def rank_of(self, key: str) -> int:
@@ -138,6 +143,7 @@ def read(folder: Path) -> Config:
         _strings(file, "modules_to_save", c.get("modules_to_save") or []),
         _tokens(file, c.get("trainable_token_indices") or {}),
         c.get("ensure_weight_tying") is True,
+        _is_of_transformers(c),
         _version(c.get("peft_version")),
     )
 
@@ -177,6 +183,14 @@ def write(
         "use_rslora": False,
     }
     _files.write_json(folder / FILE, content)
+
+
+def _is_of_transformers(c: Mapping[str, Any]) -> bool:
+    """Whether the file shows that its base is a model of transformers: PEFT writes down the class unless a task tells it."""
+    mapping = c.get("auto_mapping")
+    if isinstance(mapping, dict):
+        return str(mapping.get("parent_library")).startswith("transformers")
+    return bool(c.get("task_type") or c.get("base_model_name_or_path"))
 
 
 def _refuse(c: Mapping[str, Any], file: Path) -> None:

@@ -559,6 +559,22 @@ def test_a_tied_table_of_which_one_use_is_replaced_is_refused(tmp_path):
     jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
 
 
+def test_trained_tokens_of_a_tie_that_peft_does_not_know_are_refused(tmp_path):
+    """It asks the configuration of a model of transformers; a tie by hand it does not see, and changes the lookup alone."""
+    port, want = PORTS["llama_tokens"](), expected("llama_tokens")
+    sites, params = base_of("llama_tokens", port, want["x"])
+    shutil.copytree(FOLDER / "llama_tokens", tmp_path / "a")
+    for changed in ({"base_model_class": "Net", "parent_library": "__main__"}, None):
+        edit(tmp_path / "a", {"auto_mapping": changed})
+        with pytest.raises(
+            ValueError, match=r"only some .* not lm_head\.weight.\n  Give the base a leaf for each\. Or, if PEFT's model"
+        ):
+            jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    edit(tmp_path / "a", {"auto_mapping": None, "base_model_name_or_path": "me/my-base"})
+    lora = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    np.testing.assert_allclose(jlora.wrap(port.fn)(params, lora, want["x"]), want["after"], atol=1e-5)
+
+
 def test_what_is_inside_a_saved_module_is_saved(saved):
     """Also if it was trained but a little, which must not pass for the base's rounding."""
     edit(

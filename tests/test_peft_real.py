@@ -374,3 +374,30 @@ def test_peft_never_calls_an_output_projection_that_is_the_target(tmp_path):
     port = PORTS["attention"]()
     with pytest.raises(ValueError, match=r"'attn.out_proj' has no effect in PEFT"):
         jlora.peft.load(tmp_path / "a", base_of("attention", port, x)[0], names=port.names)
+
+
+def test_peft_does_not_see_a_tie_by_hand(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 11, bias=False)
+            self.mid = torch.nn.Linear(6, 6, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.mid(self.embed(ids)))
+
+    net = Net()
+    params = {"embed": jnp.asarray(net.embed.weight.detach().numpy()), "mid": jnp.ones((6, 6))}
+    sites = jlora.sites(lambda p, ids: p["embed"][ids] @ p["mid"] @ p["embed"].T, params, jnp.arange(4))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["mid"], trainable_token_indices={"embed": [1]}))
+    with torch.no_grad():
+        before = model(torch.tensor([0, 1]))
+        next(p for n, p in model.named_parameters() if "tokens_delta" in n).add_(1.0)
+        after = model(torch.tensor([0, 1]))
+    torch.testing.assert_close(after[0], before[0])  # the head is as it was
+    assert not torch.allclose(after[1], before[1])
+    model.save_pretrained(tmp_path / "a")
+    names = {"embed": ("embed.weight", "head.weight"), "mid": "mid.weight"}
+    with pytest.raises(ValueError, match=r"replaces only some of its weights in PyTorch, not head\.weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=names, params=params)

@@ -1,8 +1,9 @@
 """Writing a PEFT adapter that means the same everywhere: the scale is in the factors, names are whole, ranks are one."""
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +14,7 @@ from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
-from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
+from jlora._peft_keys import PREFIX, TENSORS, containing, ends, path_of
 from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
@@ -36,7 +37,8 @@ def save(
     r"""Saves an adapter as PEFT does, so that PEFT, vLLM and others load it.
 
     The scale is folded into B, so that ``lora_alpha = r`` and every reader finds the same update, whatever it makes of patterns and of
-    ``use_rslora``; targets are listed by their whole names. The same adapter gives the same bytes.
+    ``use_rslora``; targets are listed by their whole names, or are a pattern of these where one is the end of another module's name.
+    The same adapter gives the same bytes.
 
     Args:
         folder: To write; it appears when it is complete.
@@ -77,13 +79,12 @@ def save(
         elif not isinstance(adapter, LowRank):
             raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
     ranks = writer.finish(portable)
-    if base_folder is not None:
-        _peft_base.check(_files.folder(base_folder), writer.wanted)
+    others = [] if base_folder is None else _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
         _files.write_safetensors(part / TENSORS, writer.tensors)
         _peft_config.write(
             part,
-            modules=sorted(writer.modules),
+            modules=writer.targets(others),
             parameters=sorted(writer.parameters),
             saved=sorted(writer.saved),
             bias=writer.bias,
@@ -338,6 +339,17 @@ class Writer:
                 raise ValueError(
                     f"PEFT would take modules_to_save='{path}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
                 )
+
+    def targets(self, others: Iterable[str] = ()) -> list[str] | str:
+        """The modules to adapt by their names, or where PEFT would take one for the end of another's, a pattern of these alone.
+
+        Args:
+            others: Names of parameters of the base, beside those that are known here.
+        """
+        known = {module for name in (*self.by_name, *others) for module in containing(name)} - self.modules
+        if any(end in self.modules for module in known for end in ends(module)):
+            return f"(?:{'|'.join(map(re.escape, sorted(self.modules)))})"
+        return sorted(self.modules)
 
     def finish(self, portable: bool) -> dict[str, Any]:
         """Brings all factors to one rank, or says which have another; returns what the configuration says of ranks."""

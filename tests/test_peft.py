@@ -536,6 +536,24 @@ def test_a_tied_table_needs_both_names(tmp_path):
         jlora.peft.save(tmp_path / "a", lora)
 
 
+def test_targets_are_a_pattern_where_a_name_is_the_end_of_another(tmp_path):
+    """PEFT takes 'proj' for the end of 'block.proj', which is a norm; a pattern has to match all of a name."""
+    params = {"proj": {"kernel": jnp.ones((4, 4))}, "block": {"proj": {"scale": jnp.ones(4)}}}
+    sites = jlora.sites(lambda p, x: x @ p["proj"]["kernel"] * p["block"]["proj"]["scale"], params, jnp.ones((2, 4)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="proj/kernel"))
+
+    def targets(**how):
+        jlora.peft.save(tmp_path / "a", lora, overwrite=True, **how)
+        assert set(jlora.peft.load(tmp_path / "a", sites, names=how.get("names"))) == {"proj/kernel"}
+        return json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+
+    assert targets() == "(?:proj)"
+    names = {"proj/kernel": "a.proj.weight", "block/proj/scale": "block.norm.weight"}
+    assert targets(names=names) == ["a.proj"]
+    base_files(tmp_path / "b", {"a.proj.weight": zeros(4, 4), "b.a.proj.weight": zeros(4)})
+    assert targets(names=names, base_folder=tmp_path / "b") == r"(?:a\.proj)"
+
+
 def test_rows_that_are_no_heads_are_refused(tmp_path):
     with pytest.raises(ValueError, match="5 rows are no 4 heads of rotary pairs"):
         jlora.peft.save(tmp_path / "a", fresh(), names={"up/kernel": Weight("up.weight", rotary_heads=4)})

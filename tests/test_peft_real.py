@@ -401,3 +401,39 @@ def test_peft_does_not_see_a_tie_by_hand(tmp_path):
     names = {"embed": ("embed.weight", "head.weight"), "mid": "mid.weight"}
     with pytest.raises(ValueError, match=r"replaces only some of its weights in PyTorch, not head\.weight"):
         jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+
+
+def test_a_norm_whose_name_ends_as_that_of_a_target(tmp_path):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.RMSNorm(4)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.block = torch.nn.Linear(4, 4, bias=False), Block()
+
+        def forward(self, x):
+            return self.block(self.proj(x))
+
+    net, x = Net(), np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    params = {
+        "proj": {"kernel": jnp.asarray(net.proj.weight.detach().numpy().T)},
+        "block": {"proj": {"scale": jnp.ones(4)}},
+    }
+
+    def fn(p, x):
+        y = x @ p["proj"]["kernel"]
+        eps = np.finfo(np.float32).eps
+        return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * p["block"]["proj"]["scale"]
+
+    sites = jlora.sites(fn, params, x)
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets="proj/kernel")])
+    jlora.peft.save(tmp_path / "a", lora)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(net, tmp_path / "a").eval()(torch.as_tensor(x)).numpy()
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x), atol=1e-5)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
@@ -179,13 +180,14 @@ class Writer:
             either = layer == "linear" and place.weight.layout is None and "lookup" not in axes.use
             self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
+            dtype = self.dtype or jnp.promote_types(a.dtype, b.dtype)
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
             b = _layouts.rotated_outputs(b, place.weight.rotary_heads, len(part.batch), back=False)
             if layer == "parameter" and _layouts.is_across(part, place.weight):
                 a, b = _layouts.turned_factors(a, b, len(part.batch))
                 part = _layouts.turned(part)
             x, y = _layouts.factors_to_peft(a, b, part, layer)
-            self.pair(place, layer, adapter.rank, x.astype(self.dtype or a.dtype), y.astype(self.dtype or a.dtype))
+            self.pair(place, layer, adapter.rank, x.astype(dtype), y.astype(dtype))
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""

@@ -5,6 +5,7 @@ The fixtures come from ``make_peft_fixtures.py``; ``test_peft_real.py`` goes the
 
 import json
 import shutil
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def test_lower_precision(saved, tmp_path):
     assert lora["up/kernel"].a.dtype == jnp.float32
     assert jlora.peft.load(tmp_path / "b", SITES, dtype=jnp.bfloat16)["up/kernel"].a.dtype == jnp.bfloat16
     np.testing.assert_allclose(lora["up/kernel"].delta(None), fresh()["up/kernel"].delta(None), rtol=2e-2)
+
+
+def test_factors_of_two_precisions_keep_the_finer(tmp_path):
+    lora = fresh(jlora.LoRA(rank=2, targets="up/kernel"))
+    up = lora["up/kernel"]
+    up = replace(up, a=up.a.astype(jnp.bfloat16), b=jnp.full_like(up.b, 1.0001), scale=1.0)
+    jlora.peft.save(tmp_path / "a", {"up/kernel": up})
+    again = jlora.peft.load(tmp_path / "a", SITES)["up/kernel"]
+    np.testing.assert_array_equal(again.a, up.a.astype(jnp.float32))
+    np.testing.assert_array_equal(again.b, up.b)
 
 
 def test_layers_of_a_stack_may_be_missing_if_the_file_says_so(tmp_path):
@@ -585,7 +596,8 @@ def test_trained_tokens_of_a_tie_that_peft_does_not_know_are_refused(tmp_path):
     for changed in ({"base_model_class": "Net", "parent_library": "__main__"}, None):
         edit(tmp_path / "a", {"auto_mapping": changed})
         with pytest.raises(
-            ValueError, match=r"only some .* not lm_head\.weight.\n  Give the base a leaf for each\. Or, if PEFT's model"
+            ValueError,
+            match=r"only some .* not lm_head\.weight.\n  Give the base a leaf for each\. Or, if PEFT's model",
         ):
             jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
     edit(tmp_path / "a", {"auto_mapping": None, "base_model_name_or_path": "me/my-base"})

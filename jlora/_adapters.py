@@ -119,6 +119,7 @@ class LowRank(Adapter):
         use: How the model uses the leaf, as ``Site.kind``: formats of other libraries file tables and convolutions apart.
         window: Of a convolution, the inputs that its window runs along.
         groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, below zero if that is in groups.
+        dilated: Of a convolution, whether its window has gaps, as ``Site.dilated``.
 
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1.
@@ -138,6 +139,7 @@ class LowRank(Adapter):
     use: str = static(default="")
     window: tuple[int, ...] = static(default=())
     groups: int = static(default=1)
+    dilated: bool = static(default=False)
 
     @property
     def rank(self) -> int:

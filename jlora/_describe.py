@@ -115,7 +115,7 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
             "scale": adapter.scale,
             "dropout": adapter.dropout,
         }
-        entry |= rule
+        entry |= rule | {"dilated": adapter.dilated}
     if isinstance(adapter, LowRank | FullWeight):
         entry |= {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
         entry |= {"use": adapter.use, "window": adapter.window, "groups": adapter.groups}
@@ -139,6 +139,7 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     static["window"] = tuple(int(d) for d in entry.get("window", ()))
     if kind is LowRank:
         static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
+        static["dilated"] = bool(entry.get("dilated", False))
         if not (math.isfinite(static["scale"]) and static["scale"] > 0):
             raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
         if not 0 <= static["dropout"] < 1:

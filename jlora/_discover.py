@@ -61,6 +61,7 @@ class Record(NamedTuple):
     batch: Axes
     window: Axes = NONE
     groups: int = 1
+    dilated: bool = False
 
 
 def leaf(path: str, leaf: Any) -> Value:
@@ -140,7 +141,7 @@ class Finder:
             )
             # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
             batch = (batch | (seen.picked - union(seen.axes))) - inputs
-            self.record(seen, name, use.kind, inputs, batch, window, use.groups)
+            self.record(seen, name, use.kind, inputs, batch, window, use.groups, use.dilated)
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
         paths = tuple(sorted({seen.path for seen in values[position].views}))
         return [Value((), frozenset([Source(paths, lookup=False)]))]
@@ -214,13 +215,21 @@ class Finder:
             )
 
     def record(
-        self, seen: Seen, operation: str, kind: str, inputs: Axes, batch: Axes, window: Axes = NONE, groups: int = 1
+        self,
+        seen: Seen,
+        operation: str,
+        kind: str,
+        inputs: Axes,
+        batch: Axes,
+        window: Axes = NONE,
+        groups: int = 1,
+        dilated: bool = False,
     ) -> None:
         known = self.records.setdefault(seen.path, {})
         key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
             where = _jax.where(self.within) if self.within else "its output"
-            known[key] = Record(SiteUse(kind, operation, where), inputs, batch, window, groups)
+            known[key] = Record(SiteUse(kind, operation, where), inputs, batch, window, groups, dilated)
 
     def dense(self, value: Value, operation: str) -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""

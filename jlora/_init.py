@@ -131,7 +131,7 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
 def of_site(a: Any, b: Any, site: Site, scale: float, dropout: float, base: Any) -> LowRank:
     """The adapter of a site from its factors."""
     axes = (site.inputs, site.outputs, site.batch)
-    return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups)
+    return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups, site.dilated)
 
 
 def whole_of_site(value: Any, site: Site, base: Any) -> FullWeight:

@@ -5,6 +5,7 @@ $W_{torch} = W^T$, so that $s\,B_{torch} A_{torch} = (s\,A B)^T$ with $A_{torch}
 differ in stands here; arrays are NumPy's.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ class Axes(NamedTuple):
     use: str
     window: tuple[int, ...]
     groups: int
+    dilated: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -62,7 +64,8 @@ def axes_of(leaf: Site | LowRank | FullWeight) -> Axes:
     use = leaf.kind if isinstance(leaf, Site) else leaf.use
     plain = isinstance(leaf, Site) and leaf.is_plain
     roles = ((), (), ()) if plain else (leaf.inputs, leaf.outputs, leaf.batch)
-    return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups)
+    dilated = not isinstance(leaf, FullWeight) and leaf.dilated  # which nothing asks of a whole weight
+    return Axes(tuple(leaf.shape), *roles, use, leaf.window, leaf.groups, dilated)
 
 
 def unknown(shape: tuple[int, ...]) -> Axes:
@@ -178,19 +181,30 @@ def turned_factors(a: np.ndarray, b: np.ndarray, batch: int) -> tuple[np.ndarray
     return np.moveaxis(b, batch, -1), np.moveaxis(a, -1, batch)
 
 
-def rotate(y: np.ndarray, heads: int | None, *, back: bool) -> np.ndarray:
-    """Rows of each head with rotary pairs side by side, reordered to halves; ``back`` is the inverse."""
+def rotated(x: np.ndarray, axes: Sequence[int], heads: int | None, *, back: bool) -> np.ndarray:
+    """Rotary pairs that lie side by side in each head, reordered to halves; ``back`` is the inverse.
+
+    ``axes`` of ``x`` are, taken together, what PyTorch has as the weight's outputs, wherever these lie in its layout.
+    """
     if heads is None:
-        return y
-    if y.shape[0] % (2 * heads):
+        return x
+    y = np.moveaxis(x, axes, range(len(axes)))
+    sizes, rest = y.shape[: len(axes)], y.shape[len(axes) :]
+    if prod(sizes) % (2 * heads):
         raise Advised(
-            f"{y.shape[0]} rows are no {heads} heads of rotary pairs.",
+            f"{prod(sizes)} rows are no {heads} heads of rotary pairs.",
             "Correct Weight(rotary_heads=...).",
             "names",
             {"...": {"name": "...", "rotary_heads": "..."}},
         )
     split = (heads, 2, -1) if back else (heads, -1, 2)
-    return y.reshape(*split, *y.shape[1:]).swapaxes(1, 2).reshape(y.shape)
+    y = y.reshape(*split, prod(rest)).swapaxes(1, 2).reshape(*sizes, *rest)
+    return np.moveaxis(y, range(len(axes)), axes)
+
+
+def rotated_outputs(b: np.ndarray, heads: int | None, batch: int, *, back: bool) -> np.ndarray:
+    """The same of a factor ``b: (*batch, rank, *outputs)``."""
+    return rotated(b, range(batch + 1, b.ndim), heads, back=back)
 
 
 # --- Whole weights ------------------------------------------------------------------------------------------------------
@@ -247,25 +261,24 @@ def _reversed(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
 def to_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
     """A whole leaf, or a slice of it, as the PyTorch weight."""
     order, shape = _order(axes, weight)
-    x = np.ascontiguousarray(x.transpose(order)).reshape(shape)
-    return _rotated(_reversed(x, axes, weight), axes, weight, back=False)
+    x = rotated(x, _rows(axes, shape), weight.rotary_heads, back=False)
+    return _reversed(np.ascontiguousarray(x.transpose(order)).reshape(shape), axes, weight)
 
 
 def from_torch(x: np.ndarray, axes: Axes, weight: Weight) -> np.ndarray:
     """The inverse of ``to_torch``."""
-    order, _ = _order(axes, weight)
-    x = _reversed(_rotated(x, axes, weight, back=True), axes, weight).reshape([axes.shape[d] for d in order])
-    return x.transpose([order.index(d) for d in range(len(order))])
+    order, shape = _order(axes, weight)
+    x = _reversed(x, axes, weight).reshape([axes.shape[d] for d in order])
+    x = x.transpose([order.index(d) for d in range(len(order))])
+    return rotated(x, _rows(axes, shape), weight.rotary_heads, back=True)
+
+
+def _rows(axes: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a leaf that are the outputs of its weight; where no product tells, all of a vector (a bias), the first of others."""
+    every = tuple(range(len(axes.shape)))
+    return axes.outputs if axes.inputs else every if len(shape) == 1 else every[:1]
 
 
 def torch_shape(axes: Axes, weight: Weight) -> tuple[int, ...]:
     """The shape of the PyTorch weight."""
     return _order(axes, weight)[1]
-
-
-def _rotated(x: np.ndarray, axes: Axes, weight: Weight, *, back: bool) -> np.ndarray:
-    if weight.rotary_heads is None:
-        return x
-    rows = x.swapaxes(0, -1) if axes.inputs and weight.layout == "in_out" else x
-    rows = rotate(rows, weight.rotary_heads, back=back)
-    return rows.swapaxes(0, -1) if axes.inputs and weight.layout == "in_out" else rows

@@ -27,7 +27,7 @@ class Weight:
         layout: ``"out_in"`` as in ``nn.Linear``, or ``"in_out"`` as in GPT-2's ``Conv1D``. Needed only where a square matrix does not
             tell: to write a whole weight (by default ``"out_in"``), and for square experts.
         rotary_heads: Number of heads, if the leaf has rotary pairs side by side ``(x0, x1), (x2, x3), ...`` and the PyTorch weight
-            ``(x0, x[d/2]), ...``: then the rows of each head are exchanged.
+            ``(x0, x[d/2]), ...``: then the outputs of each head are exchanged.
         is_transposed: Of experts that are ``"in_out"``: whether their module has this attribute, which PEFT asks since 0.19.
         nesting: Says that PEFT adapts the parameter itself (``target_parameters``), not its module, and where several of a module are:
             the place of this one among them, from 0, in the order in which the module registers them. PEFT's keys do not name it.
@@ -53,6 +53,11 @@ class Weight:
             )
         if self.layout not in (None, "out_in", "in_out"):
             raise ValueError(f"Weight(layout=...) must be 'out_in' or 'in_out'.\n  got: {self.layout!r}")
+        if self.rotary_heads is not None and not (type(self.rotary_heads) is int and self.rotary_heads > 0):
+            raise ValueError(
+                f"Weight(rotary_heads=...) must be the number of heads, 1 or more; where nothing is rotated leave it out.\n"
+                f"  got: {self.rotary_heads!r}"
+            )
         if self.transposed not in (None, "reversed", "as_is"):
             raise ValueError(f"Weight(transposed=...) must be 'reversed' or 'as_is'.\n  got: {self.transposed!r}")
 

@@ -31,12 +31,16 @@ class _Prefix(NamedTuple):
     def __call__(self, name: str) -> str:
         return self.new + name.removeprefix(self.old) if name.startswith(self.old) else name
 
+    def back(self, name: str) -> str:
+        """The adapter's name for one of the files."""
+        return self.old + name.removeprefix(self.new)
+
     def __str__(self) -> str:
         return f"with '{self.new}' before them" if self.new else f"without '{self.old}'"
 
 
-def check(folder: Path, wanted: Mapping[str, Wanted]) -> None:
-    """Raises unless the base at ``folder`` has all of ``wanted``.
+def check(folder: Path, wanted: Mapping[str, Wanted]) -> list[str]:
+    """Raises unless the base at ``folder`` has all of ``wanted``; returns the adapter's names for all that it has.
 
     PyTorch's files may name the weights of a model from inside it or from around it: one prefix may be missing from the names of the
     files, or stand before all of them. It has to be the same for all names, and the only one with which all are there.
@@ -62,6 +66,7 @@ def check(folder: Path, wanted: Mapping[str, Wanted]) -> None:
             f"{len(wrong)} of the adapter's {len(wanted)} weights do not fit the base at {folder}{read}:\n  "
             + "\n  ".join([*wrong[:8], *more])
         )
+    return [prefix.back(name) for name in have]
 
 
 def _prefix(folder: Path, names: Collection[str], have: Collection[str]) -> _Prefix:

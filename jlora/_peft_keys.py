@@ -63,6 +63,12 @@ def containing(name: str) -> list[str]:
     return [".".join(words[:i]) for i in range(1, len(words))]
 
 
+def ends(name: str) -> list[str]:
+    """What PEFT may take for a name: all of it, or what follows one of its dots."""
+    words = name.split(".")
+    return [".".join(words[i:]) for i in range(len(words))]
+
+
 def part_of(key: str, modules: Collection[str] = ()) -> Part:
     """Reads a key of the file. A ``base_layer`` that is one of the base's own ``modules`` is no wrapper."""
     if not key.startswith(PREFIX):

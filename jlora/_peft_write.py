@@ -1,11 +1,13 @@
 """Writing a PEFT adapter that means the same everywhere: the scale is in the factors, names are whole, ranks are one."""
 
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
@@ -14,7 +16,7 @@ from jlora._advice import Advised
 from jlora._dtypes import as_float
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
-from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
+from jlora._peft_keys import PREFIX, TENSORS, containing, ends, path_of
 from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
@@ -38,7 +40,8 @@ def save(
     r"""Saves an adapter as PEFT does, so that PEFT, vLLM and others load it.
 
     The scale is folded into B, so that ``lora_alpha = r`` and every reader finds the same update, whatever it makes of patterns and of
-    ``use_rslora``; targets are listed by their whole names. The same adapter gives the same bytes.
+    ``use_rslora``; targets are listed by their whole names, or are a pattern of these where one is the end of another module's name.
+    The same adapter gives the same bytes.
 
     Args:
         folder: To write; it appears when it is complete.
@@ -83,13 +86,12 @@ def save(
             raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
     ranks = writer.finish(portable)
     rate = _peft_config.dropout_of(writer.rates, sorted(writer.parameters), dropout)
-    if base_folder is not None:
-        _peft_base.check(_files.folder(base_folder), writer.wanted)
+    others = [] if base_folder is None else _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
         _files.write_safetensors(part / TENSORS, writer.tensors)
         _peft_config.write(
             part,
-            modules=sorted(writer.modules),
+            modules=writer.targets(others),
             parameters=sorted(writer.parameters),
             saved=sorted(writer.saved),
             bias=writer.bias,
@@ -166,6 +168,11 @@ class Writer:
             raise ValueError(
                 f"PEFT has no factors for '{path}', a convolution in groups, or transposed.\n  Merge it instead."
             )
+        if axes.dilated:
+            raise ValueError(
+                f"No factors of '{path}', a dilated convolution, mean the same to PEFT, which computes lora_A without the dilation (up to "
+                f"{_peft_config.VERSION}).\n  Merge it instead."
+            )
         several = self.places[path]
         if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
             raise Advised(
@@ -181,15 +188,16 @@ class Writer:
             either = layer == "linear" and place.weight.layout is None and "lookup" not in axes.use
             self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
+            dtype = self.dtype or jnp.promote_types(a.dtype, b.dtype)
             b = b.astype(np.promote_types(b.dtype, np.float32)) * np.float32(adapter.scale)
+            b = _layouts.rotated_outputs(b, place.weight.rotary_heads, len(part.batch), back=False)
             if layer == "parameter" and _layouts.is_across(part, place.weight):
                 a, b = _layouts.turned_factors(a, b, len(part.batch))
                 part = _layouts.turned(part)
             x, y = _layouts.factors_to_peft(a, b, part, layer)
-            y = _layouts.rotate(y, place.weight.rotary_heads, back=False)
             if layer != "embedding":
                 self.rates[path] = adapter.dropout
-            self.pair(place, layer, adapter.rank, x.astype(self.dtype or a.dtype), y.astype(self.dtype or a.dtype))
+            self.pair(place, layer, adapter.rank, x.astype(dtype), y.astype(dtype))
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""
@@ -343,6 +351,17 @@ class Writer:
                 raise ValueError(
                     f"PEFT would take modules_to_save='{path}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
                 )
+
+    def targets(self, others: Iterable[str] = ()) -> list[str] | str:
+        """The modules to adapt by their names, or where PEFT would take one for the end of another's, a pattern of these alone.
+
+        Args:
+            others: Names of parameters of the base, beside those that are known here.
+        """
+        known = {module for name in (*self.by_name, *others) for module in containing(name)} - self.modules
+        if any(end in self.modules for module in known for end in ends(module)):
+            return f"(?:{'|'.join(map(re.escape, sorted(self.modules)))})"
+        return sorted(self.modules)
 
     def finish(self, portable: bool) -> dict[str, Any]:
         """Brings all factors to one rank, or says which have another; returns what the configuration says of ranks."""

@@ -18,13 +18,16 @@ Eqn = Any
 
 
 class Use(NamedTuple):
-    """How one equation uses a weight: ``kind`` is ``"linear"``, ``"conv"`` or ``"lookup"``; of a convolution also its window and groups."""
+    """How one equation uses a weight: ``kind`` is ``"linear"``, ``"conv"`` or ``"lookup"``; of a convolution also its window, its groups,
+    and whether the window has gaps.
+    """
 
     kind: str
     summed: Labels
     batch: Labels
     window: Labels = ()
     groups: int = 1
+    dilated: bool = False
 
 
 class Dense(Exception):
@@ -181,7 +184,13 @@ def _conv_use(eqn: Eqn, position: int) -> Use | None:
     if position == 0 or eqn.params["batch_group_count"] != 1:
         return None
     _, summed, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    return Use("conv", (summed, *spatial), (), tuple(spatial), _groups(eqn))
+    return Use("conv", (summed, *spatial), (), tuple(spatial), _groups(eqn), _is_dilated(eqn, spatial))
+
+
+def _is_dilated(eqn: Eqn, window: Sequence[int]) -> bool:
+    """Whether a kernel's window has gaps; along an axis of size one there is nothing between."""
+    sizes = eqn.invars[1].aval.shape
+    return any(n != 1 and sizes[d] > 1 for d, n in zip(window, eqn.params["rhs_dilation"] or (), strict=False))
 
 
 def _groups(eqn: Eqn) -> int:

@@ -34,6 +34,7 @@ class Site:
         window: Those of ``inputs`` that the window of a convolution runs along.
         groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, whose input is dilated, and below zero if that
             is in groups. One of stride 1 dilates nothing, and cannot be told from a plain one with more padding.
+        dilated: Of a convolution, whether its window has gaps: ``rhs_dilation`` along more than one place.
         reason: Why the leaf cannot be adapted; empty if it can.
     """
 
@@ -49,6 +50,7 @@ class Site:
     reason: str = ""
     window: tuple[int, ...] = ()
     groups: int = 1
+    dilated: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -191,6 +193,7 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
         reason,
         window,
         min(groups) if min(groups) < 1 else max(groups),
+        any(record.dilated for record in linear),
     )
 
 

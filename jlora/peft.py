@@ -231,24 +231,29 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
         start = _known(reader, place, key) if start is None else start
         more = _layouts.from_torch(reader.read(key), reader.axes(place), place.weight)
         found[place.path][place] = start + more.astype(start.dtype) * np.asarray(pair.scale, start.dtype)
-    rows = {part.module for part in reader.parts.values() if part.role == "tokens"}  # which PEFT keeps tied
+    rows = {part.module for part in reader.parts.values() if part.role == "tokens"}
     for path, slices in found.items():
-        if not reader.config.tying and not any(place.weight.module in rows for place in slices):
-            _check_shared(reader, path, slices)
+        of_rows = any(place.weight.module in rows for place in slices)
+        if not (reader.config.knows_ties if of_rows else reader.config.tying):
+            _check_shared(reader, path, slices, of_rows)
     return {path: _stack(reader, path, slices, dtype) for path, slices in found.items()}
 
 
-def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray]) -> None:
-    """PEFT unties a table and a head of which it saves one: here they are one leaf."""
+def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], of_rows: bool) -> None:
+    """PEFT unties a table and a head of which it changes one: here they are one leaf. Of trained rows it keeps ties that it knows of."""
     given = {place.at for place in slices}
     lacking = [place.weight.name for place in reader.places[path] if place.at in given and place not in slices]
     if lacking:
         raise ValueError(
             f"'{path}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {_paths.listing(lacking, 3)}.\n"
-            "  Give the base a leaf for each."
+            "  Give the base a leaf for each." + of_rows * _OF_ROWS
         )
 
 
+_OF_ROWS = (
+    " Or, if PEFT's model has a configuration with tie_word_embeddings, which keeps trained tokens tied, but is not in the file: put null\n"
+    "  for auto_mapping and its name for base_model_name_or_path in adapter_config.json."
+)
 _PRECISION = {"bfloat16": 8e-3, "BF16": 8e-3, "float16": 1e-3, "F16": 1e-3}
 
 

@@ -5,7 +5,8 @@ The fixtures come from ``make_peft_fixtures.py``; ``test_peft_real.py`` goes the
 
 import json
 import shutil
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -147,6 +148,16 @@ def test_lower_precision(saved, tmp_path):
     assert lora["up/kernel"].a.dtype == jnp.float32
     assert jlora.peft.load(tmp_path / "b", SITES, dtype=jnp.bfloat16)["up/kernel"].a.dtype == jnp.bfloat16
     np.testing.assert_allclose(lora["up/kernel"].delta(None), fresh()["up/kernel"].delta(None), rtol=2e-2)
+
+
+def test_factors_of_two_precisions_keep_the_finer(tmp_path):
+    lora = fresh(jlora.LoRA(rank=2, targets="up/kernel"))
+    up = lora["up/kernel"]
+    up = replace(up, a=up.a.astype(jnp.bfloat16), b=jnp.full_like(up.b, 1.0001), scale=1.0)
+    jlora.peft.save(tmp_path / "a", {"up/kernel": up})
+    again = jlora.peft.load(tmp_path / "a", SITES)["up/kernel"]
+    np.testing.assert_array_equal(again.a, up.a.astype(jnp.float32))
+    np.testing.assert_array_equal(again.b, up.b)
 
 
 def test_layers_of_a_stack_may_be_missing_if_the_file_says_so(tmp_path):
@@ -326,6 +337,27 @@ def test_square_experts_by_version(tmp_path, version, layout, across):
         jlora.peft.load(tmp_path / "a", sites, names={"experts": "mlp.experts"})
 
 
+HALVES = np.array([0, 2, 1, 3, 4, 6, 5, 7])  # of two heads of four, whose pairs lie side by side here
+
+
+@pytest.mark.parametrize(("batch", "layout"), [("e", "in_out"), ("e", "out_in"), ("", "in_out"), ("", "out_in")])
+def test_rotary_pairs_are_outputs_in_every_layout(tmp_path, batch, layout):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((3, 4, 8) if batch else (4, 8)), jnp.float32)
+    x = jnp.ones((*w.shape[:-2], 2, 4))
+    sites = jlora.sites(lambda p, x: jnp.einsum(f"{batch}td,{batch}dh->{batch}th", x, p["w"]), {"w": w}, x)
+    lora = jlora.init(jax.random.key(0), {"w": w}, sites, jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), lora)
+    names = {"w": Weight("moe.w", layout, rotary_heads=2, nesting=0)}
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    again = jlora.peft.load(tmp_path / "a", sites, names=names)
+    np.testing.assert_allclose(again["w"].delta(), lora["w"].delta(), rtol=1e-5, atol=1e-6)
+    jlora.export.save(tmp_path / "m", {"w": w}, sites=sites, names=names)
+    there = load_file(tmp_path / "m" / "model.safetensors")["moe.w"]
+    np.testing.assert_array_equal(there if layout == "in_out" else there.swapaxes(-1, -2), w[..., HALVES])
+    np.testing.assert_array_equal(jlora.export.load(tmp_path / "m", {"w": w}, sites=sites, names=names)["w"], w)
+
+
 NAMES_ERRORS = [
     ({"upp/kernel": "up.weight"}, ValueError, "No leaf has the path 'upp/kernel' of names.\n  nearest: up/kernel"),
     ({"up/kernel": "down.weight"}, ValueError, "'down.weight' is the name of 'down/kernel' and 'up/kernel'"),
@@ -356,6 +388,9 @@ def test_the_name_of_a_module_is_none_of_a_parameter(tmp_path):
 def test_bad_weights():
     with pytest.raises(ValueError, match=r"layout=.* must be 'out_in' or 'in_out'"):
         Weight("a.weight", layout="oi")
+    for heads in (0, -2, True, 2.0):
+        with pytest.raises(ValueError, match=r"rotary_heads=.* must be the number of heads, 1 or more"):
+            Weight("a.weight", rotary_heads=heads)
 
 
 def test_parameters_alone_tell_only_plain_kernels(tmp_path):
@@ -528,6 +563,30 @@ def test_a_grouped_convolution_is_refused(tmp_path):
         jlora.peft.save(tmp_path / "a", lora, names={"kernel": "conv.weight"})
 
 
+def dilated(params, x, by=2):
+    names = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(x, params["kernel"], [1], "SAME", rhs_dilation=[by], dimension_numbers=names)
+
+
+def test_a_dilated_convolution_is_refused(tmp_path):
+    """PEFT makes lora_A a convolution without the dilation; where the window has one place, there is none."""
+    params, x, names = {"kernel": jnp.ones((3, 4, 6))}, jnp.ones((1, 9, 4)), {"kernel": "conv.weight"}
+    rules = jlora.LoRA(rank=2, targets="kernel")
+    sites = jlora.sites(dilated, params, x)
+    lora = jlora.init(jax.random.key(0), params, sites, rules)
+    with pytest.raises(ValueError, match=r"'kernel', a dilated convolution, .*\n  Merge it instead"):
+        jlora.peft.save(tmp_path / "a", lora, names=names)
+    jlora.save(tmp_path / "j", lora)
+    with pytest.raises(ValueError, match="a dilated convolution"):
+        jlora.peft.save(tmp_path / "a", jlora.load(tmp_path / "j"), names=names)
+    plain = jlora.init(jax.random.key(0), params, jlora.sites(partial(dilated, by=1), params, x), rules)
+    jlora.peft.save(tmp_path / "a", plain, names=names)
+    with pytest.raises(ValueError, match=r"'kernel' is a dilated convolution, .*no update of this weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=names)
+    one = {"kernel": jnp.ones((1, 4, 6))}
+    assert not jlora.sites(dilated, one, x)["kernel"].dilated
+
+
 def test_a_tied_table_needs_both_names(tmp_path):
     def fn(params, ids):
         return params["embed"][ids] @ params["embed"].T
@@ -537,6 +596,24 @@ def test_a_tied_table_needs_both_names(tmp_path):
     lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="embed"))
     with pytest.raises(ValueError, match=r"Name both: names=\{'embed': \('embed', 'lm_head.weight'\)\}"):
         jlora.peft.save(tmp_path / "a", lora)
+
+
+def test_targets_are_a_pattern_where_a_name_is_the_end_of_another(tmp_path):
+    """PEFT takes 'proj' for the end of 'block.proj', which is a norm; a pattern has to match all of a name."""
+    params = {"proj": {"kernel": jnp.ones((4, 4))}, "block": {"proj": {"scale": jnp.ones(4)}}}
+    sites = jlora.sites(lambda p, x: x @ p["proj"]["kernel"] * p["block"]["proj"]["scale"], params, jnp.ones((2, 4)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="proj/kernel"))
+
+    def targets(**how):
+        jlora.peft.save(tmp_path / "a", lora, overwrite=True, **how)
+        assert set(jlora.peft.load(tmp_path / "a", sites, names=how.get("names"))) == {"proj/kernel"}
+        return json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+
+    assert targets() == "(?:proj)"
+    names = {"proj/kernel": "a.proj.weight", "block/proj/scale": "block.norm.weight"}
+    assert targets(names=names) == ["a.proj"]
+    base_files(tmp_path / "b", {"a.proj.weight": zeros(4, 4), "b.a.proj.weight": zeros(4)})
+    assert targets(names=names, base_folder=tmp_path / "b") == r"(?:a\.proj)"
 
 
 def test_rows_that_are_no_heads_are_refused(tmp_path):
@@ -560,6 +637,23 @@ def test_a_tied_table_of_which_one_use_is_replaced_is_refused(tmp_path):
         jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
     edit(tmp_path / "a", {"ensure_weight_tying": True})
     jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+
+
+def test_trained_tokens_of_a_tie_that_peft_does_not_know_are_refused(tmp_path):
+    """It asks the configuration of a model of transformers; a tie by hand it does not see, and changes the lookup alone."""
+    port, want = PORTS["llama_tokens"](), expected("llama_tokens")
+    sites, params = base_of("llama_tokens", port, want["x"])
+    shutil.copytree(FOLDER / "llama_tokens", tmp_path / "a")
+    for changed in ({"base_model_class": "Net", "parent_library": "__main__"}, None):
+        edit(tmp_path / "a", {"auto_mapping": changed})
+        with pytest.raises(
+            ValueError,
+            match=r"only some .* not lm_head\.weight.\n  Give the base a leaf for each\. Or, if PEFT's model",
+        ):
+            jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    edit(tmp_path / "a", {"auto_mapping": None, "base_model_name_or_path": "me/my-base"})
+    lora = jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    np.testing.assert_allclose(jlora.wrap(port.fn)(params, lora, want["x"]), want["after"], atol=1e-5)
 
 
 def test_what_is_inside_a_saved_module_is_saved(saved):

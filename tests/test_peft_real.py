@@ -25,6 +25,7 @@ pytestmark = [
 if not MISSING:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
 
 ATTENTION = "layers/[qkvo]"
 
@@ -138,7 +139,6 @@ def test_a_merged_export_is_the_model_of_transformers(tmp_path):
 
 def torch_base(kind):
     import make_peft_fixtures as make
-    from safetensors.torch import load_file
 
     torch.manual_seed(0)
     model = make.CASES[kind][0]().eval()
@@ -213,13 +213,47 @@ def test_square_experts_in_either_layout(layout, is_transposed, tmp_path):
     np.testing.assert_allclose(jlora.wrap(fn)(params, again, x), theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_rotary_pairs_of_parameters_are_exchanged_as_merged_ones_are(layout, experts, tmp_path):
+    class Held(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros([experts, 8, 8] if experts else [8, 8]))
+
+        def forward(self, x):
+            return torch.einsum("td,...dh->...th" if layout == "in_out" else "td,...hd->...th", x, self.w)
+
+    def there(folder):
+        model = torch.nn.Sequential(Held())
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model
+
+    e = "e" if experts else ""
+    fn = lambda p, x: jnp.einsum(f"{e}td,{e}dh->{e}th", jnp.broadcast_to(x, (*p["w"].shape[:-2], 5, 8)), p["w"])  # noqa: E731
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((experts, 8, 8) if experts else (8, 8)), jnp.float32)}
+    x = rng.standard_normal((5, 8)).astype(np.float32)
+    sites = jlora.sites(fn, params, x)
+    names = {"w": jlora.peft.Weight("0.w", layout, rotary_heads=2, nesting=0)}
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets="w")])
+    jlora.peft.save(tmp_path / "a", lora, names=names)
+    jlora.export.save(tmp_path / "base", params, sites=sites, names=names)
+    jlora.export.save(tmp_path / "merged", params, lora, sites=sites, names=names)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(there(tmp_path / "base"), tmp_path / "a").eval()(torch.as_tensor(x)).numpy()
+        merged = there(tmp_path / "merged")(torch.as_tensor(x)).numpy()
+    halves = np.array([0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x)[..., halves], atol=1e-4)
+    np.testing.assert_allclose(theirs, merged, atol=1e-4)
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 def test_transposed_convolutions_are_pytorchs(transpose_kernel, stride, tmp_path):
     """Merged into a state_dict, and trained outright beside factors of the head."""
     import torch
     from peft import PeftModel
-    from safetensors.torch import load_file
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -386,3 +420,66 @@ def test_peft_never_calls_an_output_projection_that_is_the_target(tmp_path):
     port = PORTS["attention"]()
     with pytest.raises(ValueError, match=r"'attn.out_proj' has no effect in PEFT"):
         jlora.peft.load(tmp_path / "a", base_of("attention", port, x)[0], names=port.names)
+
+
+def test_peft_does_not_see_a_tie_by_hand(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 11, bias=False)
+            self.mid = torch.nn.Linear(6, 6, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.mid(self.embed(ids)))
+
+    net = Net()
+    params = {"embed": jnp.asarray(net.embed.weight.detach().numpy()), "mid": jnp.ones((6, 6))}
+    sites = jlora.sites(lambda p, ids: p["embed"][ids] @ p["mid"] @ p["embed"].T, params, jnp.arange(4))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["mid"], trainable_token_indices={"embed": [1]}))
+    with torch.no_grad():
+        before = model(torch.tensor([0, 1]))
+        next(p for n, p in model.named_parameters() if "tokens_delta" in n).add_(1.0)
+        after = model(torch.tensor([0, 1]))
+    torch.testing.assert_close(after[0], before[0])  # the head is as it was
+    assert not torch.allclose(after[1], before[1])
+    model.save_pretrained(tmp_path / "a")
+    names = {"embed": ("embed.weight", "head.weight"), "mid": "mid.weight"}
+    with pytest.raises(ValueError, match=r"replaces only some of its weights in PyTorch, not head\.weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=names, params=params)
+
+
+def test_a_norm_whose_name_ends_as_that_of_a_target(tmp_path):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.RMSNorm(4)
+
+        def forward(self, x):
+            return self.proj(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.block = torch.nn.Linear(4, 4, bias=False), Block()
+
+        def forward(self, x):
+            return self.block(self.proj(x))
+
+    net, x = Net(), np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    params = {
+        "proj": {"kernel": jnp.asarray(net.proj.weight.detach().numpy().T)},
+        "block": {"proj": {"scale": jnp.ones(4)}},
+    }
+
+    def fn(p, x):
+        y = x @ p["proj"]["kernel"]
+        eps = np.finfo(np.float32).eps
+        return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * p["block"]["proj"]["scale"]
+
+    sites = jlora.sites(fn, params, x)
+    lora = adapters(None, sites, params, [jlora.LoRA(rank=2, targets="proj/kernel")])
+    jlora.peft.save(tmp_path / "a", lora)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(net, tmp_path / "a").eval()(torch.as_tensor(x)).numpy()
+    np.testing.assert_allclose(theirs, jlora.wrap(fn)(params, lora, x), atol=1e-5)

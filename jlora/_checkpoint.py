@@ -13,9 +13,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _hosts
+from jlora import _files, _hosts
 from jlora._adapters import Adapter
 from jlora._describe import describe, restore_target
 
 _JSON = "adapter.json"
+_MADE = re.compile(rf"arrays-[0-9a-f]{{12}}(\.orbax-checkpoint-tmp.*)?|\.{re.escape(_JSON)}\.[0-9a-f]{{12}}")
+"""Names of what a save makes; whatever else is in the folder is not its own. Orbax writes beside the arrays first, under a longer name."""
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -38,14 +41,16 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     Args:
         path: The folder; with several processes one that all of them see.
         lora: Adapters by path.
-        overwrite: Replace an adapter that is already there. The old one stays until the new one is complete.
+        overwrite: Replace an adapter that is already there. The old one stays until the new one is complete; other files in the folder
+            stay.
         **meta: Anything JSON can hold, kept beside the arrays; ``jlora.metadata`` reads it.
 
     Raises:
         FileExistsError: there is something at ``path`` and ``overwrite`` was not said; or it is no adapter.
         TypeError: ``meta`` is not JSON.
         ValueError: an array is not finite, ``lora`` is no adapter, or processes have different ones; raised on all of them.
-        OSError: the disk is full or cannot be written; what was there is unchanged.
+        OSError: the disk is full or cannot be written; what was there is unchanged. Or the new one is in place, which the message then
+            says, and the file system does not confirm that it would outlive a loss of power.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -260,11 +265,13 @@ def _write_json(file: Path, description: Mapping[str, Any]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, file)
-    folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        _files.sync_folder(file.parent)
+    except OSError as error:
+        raise OSError(
+            f"The adapter at {file.parent} is the new one, but may not outlive a loss of power: {error}.\n"
+            "  The arrays of the one before are kept beside it until the next save."
+        ) from error
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -280,25 +287,35 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 def _is_remains(path: Path) -> bool:
     """Whether a folder is empty, or holds only what a killed save left."""
-    return all(p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
+    return all(_MADE.fullmatch(p.name) for p in path.iterdir())
 
 
 def _discard(path: Path, arrays: str) -> None:
-    """Removes what a failed save left; orbax writes beside the folder first, under a longer name."""
-    if not path.is_dir():
+    """Removes what a failed save left, unless it came as far as to replace the adapter: what that names is never removed."""
+    if not path.is_dir() or _current(path) == arrays:
         return
-    for stray in path.glob(f"{arrays}*"):
-        shutil.rmtree(stray, ignore_errors=True)
-    for stray in path.glob(f".{_JSON}.*"):
-        stray.unlink(missing_ok=True)
+    _remove(p for p in path.iterdir() if p.name.startswith((arrays, f".{_JSON}.")))
     if not any(path.iterdir()):
         path.rmdir()
 
 
+def _current(path: Path) -> Any:
+    """The arrays of the adapter that is there, if it can be read: a save replaces it whole, and what is damaged is none of this one."""
+    try:
+        return metadata(path).get("arrays")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _sweep(path: Path, keep: str) -> None:
     """Removes what earlier saves left: the arrays just replaced, and remains of killed saves."""
-    for stray in path.iterdir():
-        if stray.name.startswith("arrays-") and not stray.name.startswith(keep):
-            shutil.rmtree(stray, ignore_errors=True)
-        elif stray.name.startswith(f".{_JSON}."):
-            stray.unlink(missing_ok=True)
+    _remove(p for p in path.iterdir() if p.name != keep)
+
+
+def _remove(found: Iterable[Path]) -> None:
+    """Removes those of ``found`` that saves made."""
+    for path in [p for p in found if _MADE.fullmatch(p.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

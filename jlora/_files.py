@@ -5,6 +5,7 @@ allocated; nothing in it is used as a path, a pattern or code. What is written i
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -242,6 +243,18 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _sync(file: Path) -> None:
     with open(file, "rb") as f:
         os.fsync(f.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder outlive a loss of power, where the file system can: some have no such thing, and say ``EINVAL``."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def save(
         dtype: Of the tensors; by default that of the adapter.
         portable: Pad all factors with zeros to one rank. Otherwise ranks that differ are listed in ``rank_pattern``, by whole names,
             which vLLM does not read.
-        overwrite: Replace an adapter that is already there.
+        overwrite: Replace an adapter that is already there. Other files in the folder stay.
 
     Raises:
         FileExistsError: there is something at ``folder``.

@@ -73,7 +73,8 @@ def save(
         key: A PRNG key, for stochastic rounding.
         shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
         config: What ``config.json`` holds: a mapping, such as ``cfg.to_dict()`` of a configuration of transformers.
-        overwrite: Replace an export that is already there.
+        overwrite: Replace an export that is already there: its weights, all shards of them, and ``config.json`` if ``config`` is given.
+            Other files in the folder stay.
         progress: Called with the name, the number written and the number of all tensors.
 
     Returns:

@@ -1004,7 +1004,7 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
         message = call(*args, code=code)
         assert (
             message
-            == f"jlora: {'interrupted: nothing was written' if code == 130 else 'error: No space left on device'}\n"
+            == f"jlora: {'interrupted: nothing is left half-written' if code == 130 else 'error: No space left on device'}\n"
         )
         assert before == sorted(p.name for p in here.iterdir()), args
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 import jlora
+import jlora.export
+import jlora.peft
 
-CALLS = [(os, name) for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir")] + [(shutil, "rmtree")]
+CALLS = [(os, name) for name in ("mkdir", "rename", "replace", "fsync", "link", "unlink", "rmdir")]
+CALLS += [(shutil, name) for name in ("rmtree", "copytree")]
 
 
 def net(params, x):
@@ -41,7 +45,30 @@ class Own:
         return float(jlora.load(folder, PARAMS)["up/kernel"].a.mean())
 
 
-KINDS = [Own()]
+class Peft:
+    """``jlora.peft.save``."""
+
+    def save(self, folder, seed):
+        jlora.peft.save(folder, adapter(seed), overwrite=True)
+
+    def load(self, folder):
+        return float(jlora.peft.load(folder, SITES)["up/kernel"].a.mean())
+
+
+class Export:
+    """``jlora.export.save``, of several files the first time and of one after."""
+
+    def save(self, folder, seed):
+        params = jax.tree.map(lambda x: x * 0 + seed, PARAMS)
+        jlora.export.save(folder, params, sites=SITES, overwrite=True, shard_bytes=64 if seed % 2 else 10**9)
+
+    def load(self, folder):
+        loaded = jlora.export.load(folder, PARAMS, sites=SITES)
+        (found,) = {float(x) for leaf in jax.tree.leaves(loaded) for x in leaf.reshape(-1)}
+        return found
+
+
+KINDS = [Own(), Peft(), Export()]
 
 
 def interrupt(monkeypatch, at, after):
@@ -85,6 +112,8 @@ def test_the_old_or_the_new_one_is_there(kind, after, tmp_path):
         folder.parent.mkdir()
         kind.save(folder, 1)
         (folder / "notes.txt").write_text("mine")
+        (folder / "run").mkdir()
+        (folder / "run" / "optimizer.pt").write_text("mine")
         with pytest.MonkeyPatch.context() as patched:
             count = interrupt(patched, at, after)
             with contextlib.suppress(KeyboardInterrupt):
@@ -93,14 +122,62 @@ def test_the_old_or_the_new_one_is_there(kind, after, tmp_path):
             break
         found = kind.load(folder)
         assert found in (1, 2), at
-        assert (folder / "notes.txt").read_text() == "mine", at
+        assert (folder / "notes.txt").read_text() == (folder / "run" / "optimizer.pt").read_text() == "mine", at
         seen.add(found)
         kind.save(folder, 3)
         assert kind.load(folder) == 3
-        assert (folder / "notes.txt").read_text() == "mine", at
+        assert (folder / "notes.txt").read_text() == (folder / "run" / "optimizer.pt").read_text() == "mine", at
         shutil.rmtree(folder.parent)
     assert at > 4
     assert seen == {1, 2}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:], ids=lambda kind: type(kind).__name__)
+def test_overwriting_leaves_nothing_of_the_old_one_and_all_of_others(kind, tmp_path):
+    """Stale shards and their index would be read along; a link stays a link, and so does where it points."""
+    folder = tmp_path / "saved"
+    kind.save(folder, 1)
+    first = {p.name for p in folder.iterdir()}
+    (folder / ".git" / "objects").mkdir(parents=True)
+    (folder / ".git" / "objects" / "ab").write_text("mine")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "latest").symlink_to("nowhere")
+    kind.save(folder, 2)
+    kind.save(tmp_path / "alone", 2)
+    expected = {p.name for p in (tmp_path / "alone").iterdir()}
+    assert {p.name for p in folder.iterdir()} == expected | {".git", "tokenizer.json", "latest"}
+    assert (first == expected) == isinstance(kind, Peft)
+    assert (folder / ".git" / "objects" / "ab").read_text() == "mine"
+    assert os.readlink(folder / "latest") == "nowhere"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "saved"]
+
+
+def test_shards_of_other_names_go_with_their_index(tmp_path):
+    folder = tmp_path / "saved"
+    Export().save(folder, 1)
+    (shard,) = list(folder.glob("model-00001*"))
+    index = json.loads((folder / jlora.export.INDEX).read_text())
+    index["weight_map"] = {k: "part.safetensors" if v == shard.name else v for k, v in index["weight_map"].items()}
+    index["weight_map"]["odd"] = "notes.txt"  # no weights, whatever it says
+    (folder / jlora.export.INDEX).write_text(json.dumps(index))
+    shard.rename(folder / "part.safetensors")
+    for name in ("notes.txt", "other.safetensors"):
+        (folder / name).write_text("mine")
+    Export().save(folder, 2)
+    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "notes.txt", "other.safetensors"}
+
+
+def test_where_there_are_no_links_files_are_copied(tmp_path, monkeypatch):
+    Peft().save(tmp_path / "saved", 1)
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+
+    def refused(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    Peft().save(tmp_path / "saved", 2)
+    assert (tmp_path / "saved" / "notes.txt").read_text() == "mine"
+    assert Peft().load(tmp_path / "saved") == 2
 
 
 def refuse_folders(monkeypatch, error):

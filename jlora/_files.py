@@ -209,7 +209,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
     """Writes tensors; the same ones give the same bytes."""
-    ready = {name: np.ascontiguousarray(np.asarray(x)) for name, x in sorted(tensors.items())}
+    ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
     safetensors().numpy.save_file(ready, file, {"format": "pt"})
     _sync(file)
 

@@ -12,7 +12,7 @@ from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
-from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
 from jlora._peft_keys import PREFIX, TENSORS, containing, path_of
 from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
@@ -112,6 +112,7 @@ class Writer:
             self._agree("params", fingerprint(paths, values))
             self.params = dict(zip(paths, values, strict=True))
         self.places = places([Leaf(path, shape, self._batch(path)) for path, shape, _ in self.base.leaves], names)
+        check_named(lora, self.places)
         self.by_name = ByName(self.places)
         self.tensors: dict[str, np.ndarray] = {}
         self.pairs: dict[str, tuple[Layer, int, tuple[str, str]]] = {}  # by the key that patterns match

@@ -13,9 +13,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _hosts
+from jlora import _files, _hosts
 from jlora._adapters import Adapter
 from jlora._describe import describe, restore_target
 
 _JSON = "adapter.json"
+_MADE = re.compile(rf"arrays-[0-9a-f]{{12}}(\.orbax-checkpoint-tmp.*)?|\.{re.escape(_JSON)}\.[0-9a-f]{{12}}")
+"""Names of what a save makes; whatever else is in the folder is not its own. Orbax writes beside the arrays first, under a longer name."""
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -38,14 +41,16 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     Args:
         path: The folder; with several processes one that all of them see.
         lora: Adapters by path.
-        overwrite: Replace an adapter that is already there. The old one stays until the new one is complete.
+        overwrite: Replace an adapter that is already there. The old one stays until the new one is complete; other files in the folder
+            stay.
         **meta: Anything JSON can hold, kept beside the arrays; ``jlora.metadata`` reads it.
 
     Raises:
         FileExistsError: there is something at ``path`` and ``overwrite`` was not said; or it is no adapter.
         TypeError: ``meta`` is not JSON.
         ValueError: an array is not finite, ``lora`` is no adapter, or processes have different ones; raised on all of them.
-        OSError: the disk is full or cannot be written; what was there is unchanged.
+        OSError: the disk is full or cannot be written; what was there is unchanged. Or the new one is in place, which the message then
+            says, and the file system does not confirm that it would outlive a loss of power.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -80,6 +85,7 @@ def _checked(lora: Mapping[str, Adapter], meta: dict[str, Any]) -> dict[str, Any
 
     def check() -> None:
         found.update(describe(lora, **meta))
+        _check_length(found)
         for leaf_path, adapter in lora.items():
             for name, x in adapter.arrays().items():
                 _check_array(f"'{leaf_path}'.{name}", x)
@@ -99,6 +105,28 @@ def _same_folder(path: Any) -> Path:
     return found[0]
 
 
+def _check_length(description: Mapping[str, Any]) -> None:
+    """Raises if ``load`` would not read the description: a quarter of what it reads is left for the digests of files."""
+    length, limit = len(json.dumps(description, indent=1)), _files.MAX_JSON * 3 // 4
+    if length > limit:
+        raise ValueError(
+            f"The description of the adapter would have {length:,} bytes, more than the {limit:,} it may have.\n"
+            "  Keep large metadata in files of your own."
+        )
+
+
+def _check_precision(lora: Mapping[str, Adapter]) -> None:
+    """Raises if JAX would cut arrays of the adapter to half their bits."""
+    for path, adapter in lora.items():
+        for name, x in adapter.arrays().items():
+            if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+                raise ValueError(
+                    f"'{path}'.{name} was saved in {x.dtype}, which JAX has not here: it would be cut to "
+                    f"{jax.dtypes.canonicalize_dtype(x.dtype)}.\n"
+                    "  Set JAX_ENABLE_X64=1, or load it inside `with jax.enable_x64(True):` and cast it."
+                )
+
+
 def _check_array(name: str, x: Any) -> None:
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"save cannot run inside a transformation such as jit: {name} is a tracer.")
@@ -108,7 +136,8 @@ def _check_array(name: str, x: Any) -> None:
 
 
 def _write_description(path: Path, arrays: str, description: dict[str, Any]) -> None:
-    described = description | {"arrays": arrays, "files": _digests(path / arrays)}
+    files = {name: _record(file) for name, file in _files_of(path / arrays).items()}
+    described = description | {"arrays": arrays, "files": files}
     _write_json(path / _JSON, described | {"digest": _digest(described)})
 
 
@@ -125,7 +154,8 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
 
     Raises:
         FileNotFoundError: there is no complete adapter at ``path``.
-        ValueError: a file is missing, truncated or damaged; ``params`` is another base (the first difference is named).
+        ValueError: a file is missing, truncated or damaged; ``params`` is another base (the first difference is named); the arrays
+            have 64 bits and JAX here has 32.
     """
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
@@ -136,7 +166,8 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
     def check() -> None:
         found.update(metadata(folder))
         target.update(restore_target(found, params))
-        _verify(folder / str(found.get("arrays", "")), found)
+        _verify(folder, found)
+        _check_precision(target)
 
     _hosts.together(check)
     _hosts.agree("the adapter to load", [json.dumps(found, sort_keys=True)])
@@ -174,14 +205,9 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote."
         )
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.\n  It is damaged or was not written by jlora.") from None
-    if not isinstance(description, dict):
-        raise ValueError(
-            f"{file} holds {type(description).__name__}, not an object.\n  It is damaged or was not written by jlora."
-        )
-    return description
+        return _files.read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}\n  It is damaged or was not written by jlora.") from None
 
 
 def _key(index: int) -> str:
@@ -223,33 +249,42 @@ def _digest(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        p.relative_to(folder).as_posix(): [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files
-    }
+def _files_of(folder: Path) -> dict[str, Path]:
+    """The regular files in a folder and below, by their path in it."""
+    return {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _verify(arrays: Path, description: Mapping[str, Any]) -> None:
-    expected = description.get("files")
-    if not isinstance(expected, dict) or not expected or "/" in arrays.name or not arrays.name.startswith("arrays-"):
-        raise ValueError(f"The description in {arrays.parent / _JSON} is damaged: it names no files.")
-    if not arrays.is_dir():
-        raise ValueError(f"The adapter at {arrays.parent} is damaged: the folder {arrays.name} is missing.")
+def _record(file: Path) -> list[Any]:
+    """Size and digest of a file, which is not in memory as a whole."""
+    with open(file, "rb") as f:
+        return [file.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+
+
+def _verify(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raises unless the files that the description lists are those that were saved; no others are read."""
+    expected, name = description.get("files"), description.get("arrays")
+    if not isinstance(expected, dict) or not expected or not re.fullmatch(r"arrays-\w+", str(name)):
+        raise ValueError(f"The description in {folder / _JSON} is damaged: it names no files.")
+    if not (folder / str(name)).is_dir():
+        raise ValueError(f"The adapter at {folder} is damaged: the folder {name} is missing.")
     if description.get("digest") != _digest({k: v for k, v in description.items() if k != "digest"}):
-        raise ValueError(f"{arrays.parent / _JSON} is damaged: it was changed after it was written.")
-    found = _digests(arrays)
-    for name, record in expected.items():
-        if name not in found:
-            raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} is missing.")
-        if found[name] != record:
-            size, digest = found[name]
-            what = (
-                f"has {size} bytes, not {record[0]}"
-                if size != record[0]
-                else f"has sha256 {digest[:12]}…, not {record[1][:12]}…"
-            )
-            raise ValueError(f"The adapter at {arrays.parent} is damaged: the file {arrays.name}/{name} {what}.")
+        raise ValueError(f"{folder / _JSON} is damaged: it was changed after it was written.")
+    found = _files_of(folder / str(name))
+    for file, record in expected.items():
+        what = _difference(found[file], record) if file in found else "is missing"
+        if what:
+            raise ValueError(f"The adapter at {folder} is damaged: the file {name}/{_files.shown(file)} {what}.")
+
+
+def _difference(file: Path, record: Any) -> str:
+    """How a file differs from its record, or nothing; one of another size is not read."""
+    if not isinstance(record, list) or len(record) != 2:
+        return f"has the record {_files.shown(record)}"
+    size, digest = record
+    if file.stat().st_size != size:
+        return f"has {file.stat().st_size} bytes, not {_files.shown(size)}"
+    found = _record(file)[1]
+    return "" if found == digest else f"has sha256 {found[:12]}…, not {_files.shown(digest)[:12]}…"
 
 
 def _write_json(file: Path, description: Mapping[str, Any]) -> None:
@@ -260,11 +295,13 @@ def _write_json(file: Path, description: Mapping[str, Any]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, file)
-    folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        _files.sync_folder(file.parent)
+    except OSError as error:
+        raise OSError(
+            f"The adapter at {file.parent} is the new one, but may not outlive a loss of power: {error}.\n"
+            "  The arrays of the one before are kept beside it until the next save."
+        ) from error
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
@@ -280,25 +317,35 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 def _is_remains(path: Path) -> bool:
     """Whether a folder is empty, or holds only what a killed save left."""
-    return all(p.name.startswith(("arrays-", f".{_JSON}.")) for p in path.iterdir())
+    return all(_MADE.fullmatch(p.name) for p in path.iterdir())
 
 
 def _discard(path: Path, arrays: str) -> None:
-    """Removes what a failed save left; orbax writes beside the folder first, under a longer name."""
-    if not path.is_dir():
+    """Removes what a failed save left, unless it came as far as to replace the adapter: what that names is never removed."""
+    if not path.is_dir() or _current(path) == arrays:
         return
-    for stray in path.glob(f"{arrays}*"):
-        shutil.rmtree(stray, ignore_errors=True)
-    for stray in path.glob(f".{_JSON}.*"):
-        stray.unlink(missing_ok=True)
+    _remove(p for p in path.iterdir() if p.name.startswith((arrays, f".{_JSON}.")))
     if not any(path.iterdir()):
         path.rmdir()
 
 
+def _current(path: Path) -> Any:
+    """The arrays of the adapter that is there, if it can be read: a save replaces it whole, and what is damaged is none of this one."""
+    try:
+        return metadata(path).get("arrays")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _sweep(path: Path, keep: str) -> None:
     """Removes what earlier saves left: the arrays just replaced, and remains of killed saves."""
-    for stray in path.iterdir():
-        if stray.name.startswith("arrays-") and not stray.name.startswith(keep):
-            shutil.rmtree(stray, ignore_errors=True)
-        elif stray.name.startswith(f".{_JSON}."):
-            stray.unlink(missing_ok=True)
+    _remove(p for p in path.iterdir() if p.name != keep)
+
+
+def _remove(found: Iterable[Path]) -> None:
+    """Removes those of ``found`` that saves made."""
+    for path in [p for p in found if _MADE.fullmatch(p.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., None]:
             raise
         except (BrokenPipeError, KeyboardInterrupt) as error:
             code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else _stop_writing()
-            _report("interrupted: nothing was written" if code == INTERRUPTED else "", debug)
+            _report("interrupted: nothing is left half-written" if code == INTERRUPTED else "", debug)
         except (ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             code = REFUSED
             _report(f"error: {in_options(error)}", debug)

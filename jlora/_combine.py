@@ -80,17 +80,25 @@ def needs_base(terms: Terms, *, dense: bool) -> bool:
 
 
 def combine_full(terms: Terms, w: Any, mix: Mix | None) -> FullWeight:
-    """The base and what is made of the weighted updates, where one of the leaves is trained outright; ``w`` is ``None`` if not needed."""
+    r"""The base and what is made of the weighted updates, where one of the leaves is trained outright; ``w`` is ``None`` if not needed.
+
+    With values $V_i$ of leaves trained outright and updates $U_j$ of others, the weighted sum of updates
+    $W + \sum_i c_i (V_i - W) + \sum_j c_j U_j$ is $(1 - \sum_i c_i) W + \sum_i c_i V_i + \sum_j c_j U_j$: where the weights sum to one,
+    nothing of the base is in it, and no difference of a large base and a small value is rounded.
+    """
     first = next(x for _, x in terms if isinstance(x, FullWeight))
     dtype = _jax.promote(*(x.value.dtype for _, x in terms if isinstance(x, FullWeight)))
-    if w is None:
-        wide = _jax.promote(dtype, jnp.float32)
-        values = [x.value if isinstance(x, FullWeight) else _svd.dense(x, None) for _, x in terms]
-        parts = [v.astype(wide) * jnp.asarray(weight, wide) for v, (weight, _) in zip(values, terms, strict=True)]
-        return replace(first, value=total(parts).astype(dtype))
-    wide = _jax.promote(dtype, lax.dtype(w), jnp.float32)
-    update = (mix or total)([_svd.dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
-    return replace(first, value=(jnp.asarray(w).astype(wide) + update).astype(dtype))
+    wide = _jax.promote(dtype, jnp.float32, *(() if w is None else (lax.dtype(w),)))
+    if mix is not None:
+        update = mix([_svd.dense(x, w).astype(wide) * jnp.asarray(weight, wide) for weight, x in terms])
+        return replace(first, value=(jnp.asarray(w).astype(wide) + update).astype(dtype))
+    values = [x.value if isinstance(x, FullWeight) else _svd.dense(x, None) for _, x in terms]
+    parts = [v.astype(wide) * jnp.asarray(weight, wide) for v, (weight, _) in zip(values, terms, strict=True)]
+    if w is not None and needs_base(terms, dense=False):
+        rest = jnp.asarray(1 - sum(weight for weight, x in terms if isinstance(x, FullWeight)), wide)
+        base = jnp.asarray(w).astype(wide)
+        parts.append(jnp.where(rest == 0, jnp.zeros_like(base), base * rest))
+    return replace(first, value=total(parts).astype(dtype))
 
 
 def total(updates: Sequence[jax.Array]) -> jax.Array:

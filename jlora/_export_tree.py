@@ -42,7 +42,7 @@ def save_orbax(
         dtype: Of leaves of floats; by default each leaf's own.
         rounding: As for ``save``.
         key: A PRNG key, for stochastic rounding.
-        overwrite: Replace a checkpoint that is already there.
+        overwrite: Replace a checkpoint that is already there. Other files in the folder stay.
         progress: Called with the path, the number written and the number of all leaves.
 
     Returns:

@@ -5,9 +5,11 @@ allocated; nothing in it is used as a path, a pattern or code. What is written i
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -218,7 +220,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
     """Writes tensors; the same ones give the same bytes."""
-    ready = {name: np.ascontiguousarray(np.asarray(x)) for name, x in sorted(tensors.items())}
+    ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
     safetensors().numpy.save_file(ready, file, {"format": "pt"})
     _sync(file)
 
@@ -255,9 +257,23 @@ def _sync(file: Path) -> None:
         os.fsync(f.fileno())
 
 
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder outlive a loss of power, where the file system can: some have no such thing, and say ``EINVAL``."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> Iterator[Path]:
     """A folder to write into that becomes ``path`` once the block ends well; otherwise nothing at ``path`` changes.
+
+    What is overwritten is what was written there of the same kind; other files and folders are in the new one too.
 
     Args:
         path: The final name.
@@ -268,13 +284,18 @@ def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) 
     check_free(path, overwrite=overwrite, marks=marks, what=what)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    part.mkdir()
+    old = part.with_name(f"{part.name}.old")
     try:
+        part.mkdir()
         yield part
         check_free(path, overwrite=overwrite, marks=marks, what=what)
-        _exchange(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _take_along(path, part, marks)
+        _exchange(part, path, old)
+    finally:  # wherever it was interrupted
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> None:
@@ -292,18 +313,56 @@ def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) 
         raise FileExistsError(f"There is already {what} at {path}.\n  Choose another name, or say overwrite=True.")
 
 
-def _exchange(new: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(new, path)
-        return
-    old = path.with_name(f"{new.name}.old")
-    os.rename(path, old)
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    if path.exists():
+        os.rename(path, old)
+    os.rename(new, path)
+
+
+_MODEL = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+_CHECKPOINT = (
+    r"_(CHECKPOINT_)?METADATA|_sharding|_strings\.json|array_metadatas|commit_success\.txt|d|descriptor|"
+    r"manifest\.ocdbt|ocdbt\.process_\d+"
+)
+_WITH: Mapping[str, str] = {
+    "adapter_config.json": r"adapter_config\.json|adapter_model\.(safetensors|bin)",
+    "model.safetensors": _MODEL,
+    "model.safetensors.index.json": _MODEL,
+    "adapter.json": r"adapter\.json|arrays-[0-9a-f]{12}",
+    "_METADATA": _CHECKPOINT,
+    "_CHECKPOINT_METADATA": _CHECKPOINT,
+}
+"""By the mark of a folder, what belongs to it: if it stayed when the mark is overwritten, it would be read along, or be of no use."""
+
+
+def _take_along(path: Path, new: Path, marks: Sequence[str]) -> None:
+    """Puts into ``new`` what is in ``path`` and is neither written again nor of what is overwritten; ``path`` stays as it is."""
+    own = re.compile("|".join(_WITH[mark] for mark in marks))
+    shards = _shards(path / "model.safetensors.index.json") if "model.safetensors.index.json" in marks else set()
+    for other in path.iterdir() if path.exists() else ():
+        to = new / other.name
+        if own.fullmatch(other.name) or other.name in shards or to.exists():
+            continue
+        if other.is_dir() and not other.is_symlink():
+            shutil.copytree(other, to, symlinks=True, copy_function=_link)
+        else:
+            _link(other, to)
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that the index of a model names, if it can be read."""
     try:
-        os.rename(new, path)
+        return {x for x in map(str, read_json(index)["weight_map"].values()) if x.endswith(".safetensors")}
+    except (FileNotFoundError, ValueError, KeyError, AttributeError):
+        return set()
+
+
+def _link(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
+    """The same file under another name, or where there are no links a copy of it."""
+    try:
+        os.link(file, to, follow_symlinks=False)
     except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.copy2(file, to, follow_symlinks=False)
 
 
 def floats(x: np.ndarray, dtype: Any = None) -> np.ndarray:

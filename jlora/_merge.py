@@ -13,7 +13,7 @@ from jlora._wrap import check_base, check_lora
 
 
 def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report: bool = False) -> Any:
-    r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the factors' precision.
+    r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the factors' precision; what was trained outright as it is.
 
     Pure and leaf by leaf; leaves without an adapter are returned as they are. Under ``jax.jit`` with ``donate_argnums=0`` it needs no
     second copy of the base.
@@ -84,15 +84,25 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
 
 def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any]:
     w = jnp.asarray(leaf)
-    update = adapter.delta(w)
-    wide = _jax.promote(w.dtype, update.dtype)
-    total = w.astype(wide) + update.astype(wide)
+    # What replaces the leaf is stored as it is: w + (value - w) is not the value where w is large.
+    whole = adapter.value if isinstance(adapter, FullWeight) else None
+    update: Any = adapter.delta(w) if report or whole is None else None
+    total = _sum(w, update) if whole is None else whole
     stored = total.astype(dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)
-    if not report:
-        return stored, None
-    error = jnp.linalg.norm(stored.astype(wide) - w.astype(wide) - update)
-    size = jnp.linalg.norm(update)
-    return stored, jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0.0)
+    return stored, _lost(stored, w, update, whole) if report else None
+
+
+def _sum(w: jax.Array, update: jax.Array) -> jax.Array:
+    wide = _jax.promote(w.dtype, update.dtype)
+    return w.astype(wide) + update.astype(wide)
+
+
+def _lost(stored: jax.Array, w: jax.Array, update: jax.Array, whole: jax.Array | None) -> jax.Array:
+    """The error of a stored leaf, relative to its update."""
+    wide = _jax.promote(w.dtype, update.dtype)
+    off = stored.astype(wide) - (w if whole is None else whole).astype(wide)
+    error, size = jnp.linalg.norm(off - update.astype(wide) if whole is None else off), jnp.linalg.norm(update)
+    return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0.0)

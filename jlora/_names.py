@@ -67,7 +67,7 @@ class Weight:
         return self.name.rpartition(".")[0]
 
 
-Named = str | Weight | Sequence[str | Weight]
+Named = str | Weight | Sequence[str | Weight] | None
 Names = Mapping[str, Named] | Callable[[str], Named] | None
 
 
@@ -117,6 +117,17 @@ def places(leaves: Iterable[Leaf], names: Names = None) -> dict[str, list[Place]
         near = ", ".join(_paths.nearest(path, [leaf.path for leaf in leaves]))
         raise ValueError(f"No leaf has the path {path!r} of names.\n  nearest: {near}")
     return found
+
+
+def check_named(adapted: Iterable[str], found: Mapping[str, list[Place]]) -> None:
+    """Raises if a leaf that is adapted has no place: it would be left out."""
+    for path in adapted:
+        if path in found and not found[path]:
+            raise Advised(
+                f"'{path}' is adapted, but names gives it no name: its adapter would be lost.",
+                "Give it one with names=..., or take it out of the adapter.",
+                "names",
+            )
 
 
 class ByName:
@@ -194,9 +205,11 @@ def _named(leaf: Leaf, names: Names, table: Mapping[str, Named] | None, unused: 
                 unused.discard(pattern)
                 named = _filled(value, match)
                 break
-    several = [named] if isinstance(named, str | Weight) else named
+    several = () if named is None else [named] if isinstance(named, str | Weight) else named
     if not isinstance(several, Sequence):
-        raise TypeError(f"The name of '{leaf.path}' must be a string, a Weight, or several.\n  got: {named!r}")
+        raise TypeError(
+            f"The name of '{leaf.path}' must be a string, a Weight, or several; or None, if it has none.\n  got: {named!r}"
+        )
     return [Weight(w) if isinstance(w, str) else w for w in several]
 
 

@@ -15,7 +15,7 @@ from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
 from jlora._dtypes import as_float
 from jlora._layouts import Axes, Layer
-from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
 from jlora._peft_keys import PREFIX, TENSORS, containing, ends, path_of
 from jlora._peft_read import IN_PROJ, OUT_PROJ
 from jlora._sites import Site, Sites
@@ -59,7 +59,7 @@ def save(
             adapter, if it has one. Nothing but training uses it.
         portable: Pad all factors with zeros to one rank. Otherwise ranks that differ are listed in ``rank_pattern``, by whole names,
             which vLLM does not read.
-        overwrite: Replace an adapter that is already there.
+        overwrite: Replace an adapter that is already there. Other files in the folder stay.
 
     Raises:
         FileExistsError: there is something at ``folder``.
@@ -121,6 +121,7 @@ class Writer:
             self._agree("params", fingerprint(paths, values))
             self.params = dict(zip(paths, values, strict=True))
         self.places = places([Leaf(path, shape, self._batch(path)) for path, shape, _ in self.base.leaves], names)
+        check_named(lora, self.places)
         self.by_name = ByName(self.places)
         self.tensors: dict[str, np.ndarray] = {}
         self.pairs: dict[str, tuple[Layer, int, tuple[str, str]]] = {}  # by the key that patterns match

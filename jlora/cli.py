@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from typing import NoReturn
+from typing import Any, NoReturn
 
 NEEDED = ("typer", "rich")
 REFUSED, INTERRUPTED, TERMINATED = 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -38,7 +39,14 @@ def _quiet() -> None:
     """What libraries say about themselves is not what was asked for."""
     if "--debug" not in sys.argv:
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)  # what went wrong is raised, and told once
+        sys.excepthook = _of_the_command
+
+
+def _of_the_command(*error: Any) -> None:
+    """Prints an error, unless it is of a thread of the storage that still ran when another ended the command."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(*error)
 
 
 def _on_cpu() -> None:

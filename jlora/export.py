@@ -24,7 +24,7 @@ from jlora._dtypes import FLOATS
 from jlora._export_tree import save_orbax as save_orbax
 from jlora._fold import Fold, Rounding
 from jlora._fold import stochastic_round as stochastic_round
-from jlora._names import ByName, Leaf, Names, Place, Weight, places
+from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
 from jlora._sites import Site, Sites
 from jlora._wrap import check_base, check_lora
 
@@ -67,14 +67,16 @@ def save(
         params: The base.
         lora: Adapters by path, or ``None`` for the base alone.
         sites: What ``jlora.sites`` found, which tells the axes of every leaf.
-        names: As for ``jlora.peft.load``; every leaf of ``params`` has a name. A name that is ``None`` leaves the leaf out.
+        names: As for ``jlora.peft.load``; every leaf of ``params`` has a name. A name that is ``None``, or ``()``, leaves the leaf
+            out, if it is not adapted.
         dtype: Of the tensors; by default each leaf's own.
         rounding: To ``dtype``: ``"nearest"`` loses what is smaller than half a unit of the last place; ``"stochastic"`` rounds up or down
             with the probability that keeps the mean.
         key: A PRNG key, for stochastic rounding.
         shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
         config: What ``config.json`` holds: a mapping, such as ``cfg.to_dict()`` of a configuration of transformers.
-        overwrite: Replace an export that is already there.
+        overwrite: Replace an export that is already there: its weights, all shards of them, and ``config.json`` if ``config`` is given.
+            Other files in the folder stay.
         progress: Called with the name, the number written and the number of all tensors.
 
     Returns:
@@ -83,7 +85,7 @@ def save(
     Raises:
         FileExistsError: there is something at ``folder``.
         TypeError: ``config`` is no mapping of what JSON has.
-        ValueError: two leaves have one name; an adapter or ``sites`` belongs to another base.
+        ValueError: two leaves have one name; an adapted leaf has none; an adapter or ``sites`` belongs to another base.
 
     References:
         Gupta et al., 2015, arXiv:1502.02551 (stochastic rounding).
@@ -249,6 +251,7 @@ class _Export:
             check_lora(lora, params)
         self.tree, self.lora = _Tree(params, sites, names), lora or {}
         check_base(self.lora, self.tree.paths, self.tree.leaves)
+        check_named(self.lora, self.tree.places)
         self.params = dict(zip(self.tree.paths, self.tree.leaves, strict=True))
         self.entries = list(self._entries())
         self._last: tuple[str, np.ndarray] | None = None

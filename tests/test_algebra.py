@@ -455,6 +455,21 @@ def test_leaves_trained_outright():
         algebra.norms(one, {"w": jnp.ones(3)})
 
 
+@pytest.mark.parametrize("base", [1e8, -np.inf])
+def test_leaves_trained_outright_are_summed_exactly(base):
+    """Where their weights sum to one nothing of the base is in the sum, however large it is and whether it is there or not."""
+    params = {"w": jnp.ones((3, 4)), "b": jnp.full(4, base, jnp.float32)}
+    found = jlora.sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 3)))
+    lora = jlora.init(jax.random.key(0), params, found, jlora.Full(targets="b"))
+    one, two = (jax.tree.map(lambda x, v=v: jnp.full_like(x, v), lora) for v in (1.0, 0.25))
+    for weights, expected in (((1.0,), 1.0), ((2.0, -1.0), 1.75), ((0.5, 0.5), 0.625)):
+        loras = [one, two][: len(weights)]
+        combined = algebra.combine(loras, weights=list(weights), params=params)
+        np.testing.assert_array_equal(combined["b"].value, expected)
+        traced = jax.jit(lambda ws, loras=loras: algebra.combine(loras, weights=list(ws), params=params))
+        np.testing.assert_array_equal(traced(weights)["b"].value, expected)
+
+
 def test_what_combine_refuses():
     lora, key = trained("dense"), jax.random.key(0)
     wrong = {

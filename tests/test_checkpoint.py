@@ -247,6 +247,81 @@ def test_every_damaged_file_is_found(folder, tmp_path):
             shutil.rmtree(copy)
 
 
+def rewrite(folder, **change):
+    """Changes the description, digest and all."""
+    description = json.loads((folder / "adapter.json").read_text()) | change
+    del description["digest"]
+    description["digest"] = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    (folder / "adapter.json").write_text(json.dumps(description))
+
+
+def test_files_that_are_not_listed_are_not_read(folder, monkeypatch):
+    arrays = next(folder.glob("arrays-*"))
+    with open(arrays / "extra", "wb") as f:
+        f.truncate(2**32)
+    read = []
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda f, how, real=hashlib.file_digest: read.append(f.name) or real(f, how)
+    )
+    assert_same(jlora.load(folder), adapter(1))
+    assert len(read) == len([p for p in arrays.rglob("*") if p.is_file()]) - 1
+    assert str(arrays / "extra") not in read
+
+
+def test_a_file_of_another_size_is_not_read(folder, monkeypatch):
+    arrays = next(folder.glob("arrays-*"))
+    file = next(p for p in sorted(arrays.rglob("*")) if p.is_file())
+    os.truncate(file, 2**32)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    with pytest.raises(ValueError, match=rf"is damaged: the file .*{file.name} has 4294967296 bytes, not \d+"):
+        jlora.load(folder)
+
+
+@pytest.mark.parametrize("record", [None, [], "x", [1, 2, 3]])
+def test_damaged_records(folder, record):
+    files = json.loads((folder / "adapter.json").read_text())["files"]
+    rewrite(folder, files=dict.fromkeys(files, record))
+    with pytest.raises(ValueError, match=r"is damaged: the file .* has the record"):
+        jlora.load(folder)
+
+
+def test_arrays_of_another_adapter_are_not_read(folder, tmp_path):
+    other = tmp_path / "other"
+    jlora.save(other, adapter(2))
+    name = json.loads((other / "adapter.json").read_text())["arrays"]
+    rewrite(folder, arrays=f"../other/{name}", files=json.loads((other / "adapter.json").read_text())["files"])
+    with pytest.raises(ValueError, match="damaged: it names no files"):
+        jlora.load(folder)
+
+
+def test_descriptions_too_long_or_too_deep(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(jlora._files, "MAX_JSON", 3000)
+    with pytest.raises(
+        ValueError, match=r"would have [\d,]+ bytes, more than the 2,250 it may have.\n  Keep large metadata"
+    ):
+        jlora.save(folder, adapter(2), overwrite=True, notes="x" * 2000)
+    assert_same(jlora.load(folder), adapter(1))
+    (folder / "adapter.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"adapter.json is not JSON: .*recursion.*\n  It is damaged"):
+        jlora.load(folder)
+    os.truncate(folder / "adapter.json", 2**34)
+    with pytest.raises(ValueError, match=r"has 17,179,869,184 bytes, more than the [\d,]+ it may have"):
+        jlora.load(folder)
+
+
+def test_sixty_four_bits_are_not_cut(tmp_path):
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones((3, 4), jnp.float64)}
+        found = jlora.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 3), jnp.float64))
+        lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=2, dtype=jnp.float64, targets="w"))
+        assert lora["w"].a.dtype == jnp.float64
+        jlora.save(tmp_path / "adapter", lora)
+    with pytest.raises(ValueError, match=r"'w'\.a was saved in float64, .* cut to float32.\n  Set JAX_ENABLE_X64=1"):
+        jlora.load(tmp_path / "adapter")
+    with jax.enable_x64(True):
+        assert_same(jlora.load(tmp_path / "adapter"), lora)
+
+
 FULL_DISK = """
     import resource, signal, sys
     sys.path.insert(0, {tests!r})

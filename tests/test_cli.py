@@ -1,6 +1,7 @@
 """The command line: every command on adapters of both formats, its exit codes, its JSON, and what it leaves behind when it fails."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -8,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import jax
@@ -1178,9 +1181,28 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
         message = call(*args, code=code)
         assert (
             message
-            == f"jlora: {'interrupted: nothing was written' if code == 130 else 'error: No space left on device'}\n"
+            == f"jlora: {'interrupted: nothing is left half-written' if code == 130 else 'error: No space left on device'}\n"
         )
         assert before == sorted(p.name for p in here.iterdir()), args
+
+
+def test_what_libraries_say_of_a_failure_is_not_printed_above_it(monkeypatch, capsys):
+    """A full disk is told by orbax, which logs its traceback, and by threads of its storage that find the command ended."""
+    monkeypatch.setattr(sys, "argv", ["jlora"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    error = ValueError("the disk is full")
+    with warnings.catch_warnings():
+        cli._quiet()
+    try:
+        assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)
+        thread = threading.Thread(target=sys.excepthook, args=(ValueError, error, None))
+        thread.start()
+        thread.join()
+        assert capsys.readouterr().err == ""
+        sys.excepthook(ValueError, error, None)
+        assert capsys.readouterr().err == "ValueError: the disk is full\n"
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_merge_into_a_base_that_the_adapter_was_not_made_for(here):

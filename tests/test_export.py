@@ -87,10 +87,41 @@ def test_the_base_alone(tmp_path):
 
 
 def test_leaves_may_be_left_out(tmp_path):
-    jlora.export.save(tmp_path / "m", PARAMS, LORA, sites=SITES, names={"down/bias": ()})
+    low = {path: x for path, x in LORA.items() if path != "down/bias"}
+    jlora.export.save(tmp_path / "m", PARAMS, low, sites=SITES, names={"down/bias": ()})
     assert sorted(load_file(tmp_path / "m" / "model.safetensors")) == ["down.weight", "up.weight"]
     again = jlora.export.load(tmp_path / "m", PARAMS, sites=SITES, names={"down/bias": ()})
     np.testing.assert_array_equal(again["down"]["bias"], PARAMS["down"]["bias"])
+
+
+@pytest.mark.parametrize(
+    "names", [{"down/bias": None}, lambda path: None if path == "down/bias" else path.replace("/", ".")]
+)
+def test_a_name_that_is_none_leaves_the_leaf_out(names, tmp_path):
+    low = {path: x for path, x in LORA.items() if path != "down/bias"}
+    jlora.export.save(tmp_path / "m", PARAMS, low, sites=SITES, names=names)
+    assert len(load_file(tmp_path / "m" / "model.safetensors")) == 2
+    again = jlora.export.load(tmp_path / "m", PARAMS, sites=SITES, names=names)
+    np.testing.assert_array_equal(again["down"]["bias"], PARAMS["down"]["bias"])
+
+
+@pytest.mark.parametrize("nothing", [None, (), []])
+def test_an_adapted_leaf_is_not_left_out(nothing, tmp_path):
+    names = {"up/kernel": nothing}
+    for save in (lambda: jlora.export.save(tmp_path / "m", PARAMS, LORA, sites=SITES, names=names),
+                 lambda: jlora.peft.save(tmp_path / "m", LORA, names=names)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"'up/kernel' is adapted, but names gives it no name.*\n  Give it one"):
+            save()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scalars_stay_scalars(tmp_path):
+    tensors = {"scale": np.float32(3), "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T}
+    _files.write_safetensors(tmp_path / "x.safetensors", tensors)
+    found = _files.Safetensors(tmp_path / "x.safetensors")
+    assert found.header["scale"].shape == ()
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(found.read(name), x)
 
 
 def test_what_was_trained_outright_is_stored_as_it_is(tmp_path):

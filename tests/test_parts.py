@@ -166,6 +166,20 @@ def test_merge_is_pure_and_keeps_dtypes():
     jax.tree.map(np.testing.assert_array_equal, jitted, merged)
 
 
+@pytest.mark.parametrize(("base", "value"), [(1e8, 1.0), (1e4, 1e-3), (-np.inf, 0.25), (0.0, 3.0)])
+def test_what_was_trained_outright_is_merged_bit_for_bit(base, value):
+    """Not ``w + (value - w)``, which is 0 for a base of 1e8 and a value of 1."""
+    params = {"w": jnp.ones((3, 4)), "b": jnp.full(4, base, jnp.float32)}
+    found = jlora.sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 3)))
+    lora = jlora.init(jax.random.key(0), params, found, jlora.Full(targets="b"))
+    lora = jax.tree.map(lambda x: jnp.full_like(x, value), lora)
+    merged, lost = jlora.merge(params, lora, report=True)
+    for got in (merged, jlora.merge(params, lora), jax.jit(jlora.merge)(params, lora)):
+        np.testing.assert_array_equal(got["b"], lora["b"].value)
+    assert lost["b"] == 0
+    assert jlora.merge(params, lora, dtype=jnp.bfloat16)["b"].dtype == jnp.bfloat16
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_merge_reports_what_rounding_lost():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)

@@ -22,6 +22,7 @@ import numpy as np
 MAX_HEADER = 32 * 2**20
 MAX_JSON = 16 * 2**20
 MAX_TENSORS = 100_000
+MAX_VALUES = 12 * MAX_TENSORS  # in JSON: what a header needs of 100,000 tensors with four axes
 FLOATS: Mapping[str, np.dtype] = {
     name: jnp.dtype(dtype)
     for name, dtype in {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.items()
@@ -83,8 +84,10 @@ def check_regular(file: Path, limit: float = math.inf) -> int:
 def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     """The object in a JSON file."""
     check_regular(file, limit)
+    raw = file.read_bytes()
+    _check_values(raw, str(file))
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from None
     if not isinstance(found, dict):
@@ -147,6 +150,7 @@ def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
         if length > MAX_HEADER:
             raise ValueError(f"The header of {file} has {length:,} bytes; at most {MAX_HEADER:,} are read.")
         raw = f.read(length)
+    _check_values(raw, f"The header of {file}")
     try:
         found = json.loads(raw, object_pairs_hook=_once)
         found.pop("__metadata__", None)
@@ -173,6 +177,13 @@ def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
         name: Tensor(dtype, shape, begin + start, stop - start)
         for name, (dtype, shape, (start, stop)) in sorted(entries.items())
     }
+
+
+def _check_values(raw: bytes, what: str) -> None:
+    """Raises if JSON may have too many values, of which each takes far more memory than its letters."""
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    if values > MAX_VALUES:
+        raise ValueError(f"{what} has {values:,} values; at most {MAX_VALUES:,} are read.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""``adapter_config.json``: read so that nothing that changes the arithmetic is passed over, written so that all readers agree.
-
-Patterns in the file are compared letter by letter and never run: a regular expression from elsewhere can take for ever.
-"""
+"""``adapter_config.json``: read so that nothing that changes the arithmetic is passed over, written so that all readers agree."""
 
 import math
 import re
@@ -10,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jlora import _files
+from jlora._peft_match import Ends, Patterns, literal
 
 FILE = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose conventions are followed
@@ -75,10 +73,11 @@ class Config(NamedTuple):
     alpha: float
     rslora: bool
     dropout: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     targets: tuple[str, ...]
     parameters: tuple[str, ...]
+    listed: Ends
     partial: bool
     saved: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
@@ -88,11 +87,11 @@ class Config(NamedTuple):
 
     def rank_of(self, key: str) -> int:
         """The rank of the module ``key``."""
-        return int(_match(self.rank_pattern, key, self.rank, "rank_pattern"))
+        return int(self.rank_pattern.find(key, self.rank))
 
     def is_parameter(self, name: str) -> bool:
         """Whether PEFT adapts a parameter as such, ``target_parameters``, whatever its module does with it."""
-        return any(name == t or name.endswith(f".{t}") for t in self.parameters)
+        return self.listed.match(name)
 
     def scale(self, key: str, rank: int) -> float:
         """The factor of the update of the module ``key``, whose tensors have rank ``rank``."""
@@ -101,7 +100,7 @@ class Config(NamedTuple):
             raise ValueError(
                 f"'{_files.shown(key)}' has rank {rank} in its tensors and {expected} in {FILE}.\n  The file is damaged."
             )
-        alpha = _match(self.alpha_pattern, key, self.alpha, "alpha_pattern")
+        alpha = self.alpha_pattern.find(key, self.alpha)
         return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -138,7 +137,8 @@ def read(folder: Path) -> Config:
         _pattern(file, "rank_pattern", c.get("rank_pattern") or {}),
         _pattern(file, "alpha_pattern", c.get("alpha_pattern") or {}),
         _strings(file, "target_modules", literal),
-        _strings(file, "target_parameters", c.get("target_parameters") or []),
+        parameters := _strings(file, "target_parameters", c.get("target_parameters") or []),
+        Ends(parameters),
         c.get("layers_to_transform") is not None,
         _strings(file, "modules_to_save", c.get("modules_to_save") or []),
         _tokens(file, c.get("trainable_token_indices") or {}),
@@ -210,47 +210,16 @@ def _refuse(c: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _pattern(file: Path, name: str, found: Any) -> dict[str, float]:
+def _pattern(file: Path, name: str, found: Any) -> Patterns:
     _need(isinstance(found, dict) and len(found) <= _files.MAX_TENSORS, file, name, found, "an object")
     for key, value in found.items():
         _need(_positive(value), file, f"{name}[{_files.shown(key)}]", value, "a finite number above 0")
-        if _literal(key) is None:
+        if literal(key) is None:
             raise ValueError(
                 f"{name} in {file} has the pattern '{_files.shown(key)}'; patterns from a file are not run.\n"
                 "  Write whole names of modules, or their ends: 'model.layers.0.self_attn.q_proj', 'q_proj'."
             )
-    return {str(key): value for key, value in found.items()}
-
-
-def _literal(key: str) -> tuple[str, list[str]] | None:
-    """The anchor and the letters of a pattern without choices; a letter ``""`` stands for any."""
-    anchor, body = ("^", key[1:]) if key.startswith("^") else ("", key)
-    body = body.removesuffix("$")
-    letters = re.findall(r"\\[.\-_]|[\w.\-]", body)
-    if "".join(letters) != body or not body:
-        return None
-    return anchor, ["" if x == "." else x[-1] for x in letters]
-
-
-def _match(patterns: Mapping[str, float], key: str, default: float, name: str) -> float:
-    """What PEFT finds for a module: a pattern matches all of its name, or an end that follows a dot."""
-    found = {value for pattern, value in patterns.items() if _matches(pattern, key)}
-    if len(found) > 1:
-        raise ValueError(
-            f"Several patterns of {name} match '{_files.shown(key)}', with values {sorted(found)}: PEFT takes the first, but the order "
-            "was lost when the file was written.\n  Leave one of them."
-        )
-    return found.pop() if found else default
-
-
-def _matches(pattern: str, key: str) -> bool:
-    literal = _literal(pattern)
-    assert literal is not None  # checked when it was read
-    anchor, letters = literal
-    before, end = key[: len(key) - len(letters)], key[len(key) - len(letters) :]
-    if len(letters) > len(key) or (before and (anchor or not before.endswith("."))):
-        return False
-    return all(letter in ("", x) for letter, x in zip(letters, end, strict=True))
+    return Patterns(name, found)
 
 
 def _tokens(file: Path, found: Any) -> dict[str, tuple[int, ...]]:

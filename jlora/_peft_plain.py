@@ -10,7 +10,7 @@ import numpy as np
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
 from jlora._advice import Advised
-from jlora._peft_keys import Part, joined, part_of
+from jlora._peft_keys import ends, joined, part_of
 from jlora._peft_read import IN_PROJ, open_tensors
 from jlora._sites import Site, Sites
 
@@ -31,6 +31,7 @@ def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
     """
     config, tensors = _peft_config.read(folder), open_tensors(folder)
     parts = {key: part_of(key) for key in tensors.header}
+    adapted = {part.module for part in parts.values() if part.role == "a"}
     found: dict[str, Site] = {}
     pairs: dict[tuple[str, int], dict[str, tuple[str, tuple[int, ...]]]] = defaultdict(dict)
     for key, part in parts.items():
@@ -43,15 +44,19 @@ def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
                 "Load it with its base: jlora.peft.load(folder, sites, params=params).",
                 "params",
             )
-        elif not (part.role == "weight" and _is_adapted(parts, part)):
+        elif not (part.role == "weight" and part.module in adapted):
             name = joined(part.module, _CHANGED.get(part.role, part.role))
             shape = np.shape(params[name]) if part.role == "tokens" else shape
             found[name] = Site(name, shape, np.dtype(np.float32), "dense", reason=UNKNOWN)
+    listed: dict[str, list[str]] = defaultdict(list)  # parameters of the configuration, by the module that holds them
+    for name in config.parameters:
+        listed[name.rpartition(".")[0]].append(name.rpartition(".")[2])
     holders = {module for part in parts.values() for module in part.around}
     for (module, depth), pair in pairs.items():
         if set(pair) != {"a", "b"}:
             raise ValueError(f"The adapter is incomplete: '{_files.shown(module)}' has only one factor.")
-        site = _site(config, module, depth, pair["a"], pair["b"], module in holders)
+        names = [last for end in ends(module) for last in listed.get(end, ())[:2]]
+        site = _site(config, module, depth, names, pair["a"], pair["b"], module in holders)
         if site.path in found:
             raise ValueError(
                 f"Several parameters of '{_files.shown(module)}' are adapted, and the file does not name them.\n"
@@ -62,19 +67,19 @@ def sites_of(folder: Path, params: Mapping[str, Any]) -> Sites:
     return Sites(ordered, Fingerprint(((s.path, s.shape, s.dtype) for s in ordered), partial=True))
 
 
-def _is_adapted(parts: dict[str, Part], part: Part) -> bool:
-    return any(p.module == part.module and p.role == "a" for p in parts.values())
-
-
 def _site(
     config: _peft_config.Config,
     module: str,
     depth: int,
+    several: list[str],
     a: tuple[str, tuple[int, ...]],
     b: tuple[str, tuple[int, ...]],
     holds: bool,
 ) -> Site:
-    """The site that a pair is for; ``holds`` tells whether its module holds others that the adapter changes."""
+    """The site that a pair is for: of ``several``, which the configuration lists for its module, if that is one parameter.
+
+    ``holds`` tells whether the module holds others that the adapter changes.
+    """
     (key, x), (_, y) = a, b
     dtype = np.dtype(np.float32)
     if len(x) < 2 or len(y) != len(x):
@@ -84,11 +89,10 @@ def _site(
     if len(x) > 2:
         window = tuple(range(2, len(x)))
         return Site(f"{module}.weight", (y[0], *x[1:]), dtype, "conv", (1, *window), (0,), window=window)
-    several = [t for t in config.parameters if module == (m := t.rpartition(".")[0]) or module.endswith(f".{m}")]
     if not several and not depth:
         # Of what PEFT wraps as a module, only nn.MultiheadAttention has modules inside.
         return Site(f"{module}.{IN_PROJ if holds else 'weight'}", (y[0], x[1]), dtype, "linear", (1,), (0,))
-    name = f"{module}.{several[0].rpartition('.')[2]}" if len(several) == 1 else f"{module}.*"
+    name = f"{module}.{several[0]}" if len(several) == 1 else f"{module}.*"
     rank = config.rank_of(name)
     if x[0] % rank:
         raise ValueError(f"'{_files.shown(key)}' has {x[0]} rows, which are no experts of rank {rank}.")

@@ -27,9 +27,11 @@ from jlora._peft_keys import (
     path_of,
     wrappers_of,
 )
+from jlora._peft_match import Ends
 from jlora._sites import Site, Sites
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
+MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
 
 
@@ -64,6 +66,7 @@ class Reader:
         named = [Leaf(path, shape, _batch(self.leaves[path])) for path, shape, _ in sites.base.leaves]
         self.places = places(named, names)
         self.by_name = ByName(self.places)
+        self.targets, self.saved = Ends(self.config.targets), Ends(self.config.saved)
         self.own: dict[str, list[str]] = defaultdict(list)  # the names in each module
         for name in self.by_name:
             self.own[name.rpartition(".")[0]].append(name)
@@ -96,7 +99,7 @@ class Reader:
 
     def is_listed(self, name: str) -> bool:
         """Whether the configuration says that a parameter itself is adapted."""
-        return any(name == t or name.endswith(f".{t}") for t in self.config.parameters)
+        return self.config.is_parameter(name)
 
     def attention(self, module: str) -> str | None:
         """The ``nn.MultiheadAttention`` of which a module is the output projection, as far as names tell."""
@@ -288,13 +291,12 @@ class Reader:
             return True
         if self.config.partial or last not in ("weight", IN_PROJ):
             return False
-        owners = {module, self.attention(module) or module}
-        return any(m == t or m.endswith(f".{t}") for m in owners for t in self.config.targets)
+        return any(self.targets.match(m) for m in {module, self.attention(module) or module})
 
     def is_saved(self, module: str) -> bool:
         """Whether the configuration says that a module, or one that it is in, is saved whole; PEFT compares the ends of paths."""
         around = [path_of(m, self.wrappers) for m in (*containing(module), module)]
-        return any(path.endswith(m) for path in around for m in self.config.saved)
+        return any(self.saved.match_letters(path) for path in around)
 
     def read(self, key: str) -> np.ndarray:
         """One tensor."""
@@ -323,7 +325,14 @@ def open_tensors(folder: Path) -> _files.Safetensors:
             else ""
         )
         raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {TENSORS}.{hint}")
-    return _files.Safetensors(file)
+    tensors = _files.Safetensors(file)
+    for key in tensors.header:
+        if len(key) > MAX_KEY or key.count(".") >= MAX_DEPTH:
+            raise ValueError(
+                f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {len(key):,} letters in {key.count('.') + 1:,} parts; "
+                f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
+            )
+    return tensors
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:

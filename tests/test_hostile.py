@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import jlora
 import jlora.peft
-from jlora import _files
+from jlora import _files, _peft_match
 
 PARAMS = {"up": {"kernel": jnp.ones((3, 5))}, "down": {"kernel": jnp.ones((5, 7))}}
 SITES = jlora.sites(lambda p, x: jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"], PARAMS, jnp.ones((2, 3)))
@@ -133,6 +133,61 @@ CONFIGS = [
 def test_configurations(content, message, tmp_path):
     (adapter(tmp_path / "a") / "adapter_config.json").write_bytes(content)
     assert message in quickly(lambda: jlora.peft.load(tmp_path / "a", SITES))
+
+
+@pytest.mark.parametrize("name", ["a." * 63 + "a", "a." * 2_000_000, "ab" * 2_000_000], ids=["deep", "deeper", "long"])
+def test_names_of_tensors_that_no_module_has(name, tmp_path):
+    """Every module that such a one would be in has a name as long."""
+    folder = written(tmp_path / "a", {f"base_model.model.{name}.lora_A.weight": entry()}, bytes(24))
+    for call in (lambda: jlora.peft.load(folder, SITES), lambda: jlora.peft.read(folder)):
+        assert re.search(r"whose name has .* letters in .* parts; no module is named like that", quickly(call))
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b'""', b"1.5", b'{"a":0}'])
+def test_json_of_many_values(item, tmp_path):
+    """One takes up to thirty times its letters in memory."""
+    raw = b'{"a":[' + (item + b",") * 1_300_000 + b"0]}"
+    folder = written(tmp_path / "a", raw)
+    assert re.search(r"The header of .* values; at most 1,200,000 are read", quickly(lambda: jlora.peft.read(folder)))
+    (adapter(tmp_path / "b") / "adapter_config.json").write_bytes(raw)
+    message = quickly(lambda: jlora.peft.load(tmp_path / "b", SITES))
+    assert re.search(r"adapter_config.json has .* values; at most 1,200,000 are read", message)
+
+
+def test_patterns_of_many_forms(tmp_path):
+    content = json.loads((adapter(tmp_path / "a") / "adapter_config.json").read_text())
+    content["alpha_pattern"] = {f"{i:010b}".replace("0", ".").replace("1", "a"): 1 for i in range(1024)}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(content))
+    message = quickly(lambda: jlora.peft.load(tmp_path / "a", SITES))
+    assert "alpha_pattern has 1,024 patterns with dots at 1,024 different places; at most 256 are read" in message
+
+
+NAME = st.text("ab.", max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(names=st.lists(NAME, max_size=4), name=NAME)
+def test_look_ups_find_what_a_comparison_with_each_finds(names, name):
+    found = _peft_match.Ends(names)
+    assert found.match(name) == any(name == n or name.endswith(f".{n}") for n in names)
+    assert found.match_letters(name) == any(name.endswith(n) for n in names)
+
+
+LETTERS = st.lists(st.sampled_from(["a", "b", ".", r"\."]), min_size=1, max_size=5).map("".join)
+PATTERN = st.builds("".join, st.tuples(st.sampled_from(["", "^"]), LETTERS, st.sampled_from(["", "$"])))
+
+
+@settings(max_examples=300, deadline=None)
+@given(patterns=st.lists(PATTERN, max_size=4, unique=True), name=st.text("ab.", min_size=1, max_size=6))
+def test_patterns_find_what_peft_finds(patterns, name):
+    """It runs each as it is, to the end of a name, from its beginning or after a dot; ``^`` there is never matched."""
+    wanted = {i for i, pattern in enumerate(patterns) if re.match(rf"(.*\.)?({pattern})$", name)}
+    found = _peft_match.Patterns("rank_pattern", {pattern: float(i) for i, pattern in enumerate(patterns)})
+    if len(wanted) > 1:
+        with pytest.raises(ValueError, match="Several patterns of rank_pattern match"):
+            found.find(name, -1.0)
+    else:
+        assert found.find(name, -1.0) == next(iter(wanted), -1)
 
 
 def test_a_pattern_that_would_take_for_ever_is_not_run(tmp_path):

@@ -127,7 +127,8 @@ def _loaded(reader: Reader, dtype: Any) -> dict[str, Adapter]:
     both = sorted(set(lora) & set(full))
     if both:
         raise ValueError(f"The adapter has factors and whole values for the same leaf: {_paths.listing(both)}.")
-    return {path: (lora | full)[path] for path in reader.leaves if path in lora or path in full}
+    found = lora | full
+    return {path: found[path] for path in reader.leaves if path in found}
 
 
 def _base(base: Any, params: Any) -> tuple[Sites, dict[str, Any]]:

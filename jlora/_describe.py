@@ -155,9 +155,9 @@ def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ..
     axes = sorted(d for group in (adapter.batch, adapter.inputs, adapter.outputs) for d in group)
     if axes != list(range(len(shapes[path]))) and (axes or isinstance(adapter, LowRank)):
         raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
-    if not (set(adapter.window) <= set(adapter.inputs) and adapter.groups >= 0):
+    if not set(adapter.window) <= set(adapter.inputs):
         raise ValueError(
-            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, groups {adapter.groups}."
+            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, inputs {adapter.inputs}."
         )
     floats = all(np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" for x in adapter.arrays().values())
     ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}

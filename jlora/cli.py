@@ -30,7 +30,7 @@ def main() -> NoReturn:
 
         app(prog_name="jlora")
     except KeyboardInterrupt:  # before a command has begun
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: nothing is left half-written", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(0)
 

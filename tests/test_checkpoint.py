@@ -53,6 +53,21 @@ def test_round_trip(folder):
     assert_same(jlora.load(folder, jax.eval_shape(lambda: PARAMS)), adapter(1))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dilation", [{}, {"lhs_dilation": (2, 1)}, {"rhs_dilation": (1, 2)}])
+def test_convolutions_of_every_kind_come_back(groups, dilation, tmp_path):
+    """What says how a kernel is used is saved too: groups, transposed or not, dilated or not."""
+
+    def conv(p, x):
+        how = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups, **dilation}
+        return jax.lax.conv_general_dilated(x, p["k"], dimension_numbers=("NHWC", "HWIO", "NHWC"), **how)
+
+    params, x = {"k": jnp.ones((3, 3, 4 // groups, 6))}, jnp.ones((1, 5, 5, 4))
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(conv, params, x), jlora.LoRA(rank=2, targets="k"))
+    jlora.save(tmp_path / "a", lora)
+    assert_same(jlora.load(tmp_path / "a", params), lora)
+
+
 def test_carries_rules_axes_scale_version_and_fingerprint(folder):
     about = jlora.metadata(folder)
     assert about["jlora"] == jlora.__version__

@@ -59,7 +59,7 @@ def test_convolutions_of_every_kind_come_back(groups, dilation, tmp_path):
     """What says how a kernel is used is saved too: groups, transposed or not, dilated or not."""
 
     def conv(p, x):
-        how = {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": groups, **dilation}
+        how = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "feature_group_count": groups, **dilation}
         return jax.lax.conv_general_dilated(x, p["k"], dimension_numbers=("NHWC", "HWIO", "NHWC"), **how)
 
     params, x = {"k": jnp.ones((3, 3, 4 // groups, 6))}, jnp.ones((1, 5, 5, 4))

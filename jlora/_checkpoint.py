@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -345,7 +346,12 @@ def _sweep(path: Path, keep: str) -> None:
 def _remove(found: Iterable[Path]) -> None:
     """Removes those of ``found`` that saves made."""
     for path in [p for p in found if _MADE.fullmatch(p.name)]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+            continue
+        # Threads of orbax may write on for a moment after a save has failed, into a folder that is being removed.
+        for wait in (0.0, 0.1, 0.5, 1.0):
+            time.sleep(wait)
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break

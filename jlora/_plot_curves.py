@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora import _compare, algebra
-from jlora._plot_draw import BLUE, ORANGE, SMALL, TEXT, TITLE, bar, frame, ink_of
+from jlora._compare import Comparison
+from jlora._plot_draw import BLUE, ORANGE, SMALL, TEXT, TITLE, bar, frame, ink_of, note
 from jlora._plot_grid import Grid, all_cut
 
 LINES = 48  # spectra in one panel; more are drawn as bands
@@ -55,6 +55,9 @@ def draw_spectra(
         ax.set_title(name, loc="left", fontsize=TEXT, color=ink.text)
         ax.set_title(_span(used), loc="right", fontsize=SMALL, color=ink.text)
         frame(ax)
+        if used.size and not np.isfinite(curves).any():
+            reasons = {"no update yet": used == 0, "the base is zero": used > 0}
+            note(ax, "\n".join(reason for reason, on in reasons.items() if on.any()))
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
     first = axes.flat[0]
@@ -93,9 +96,10 @@ def _limits(curves: Sequence[np.ndarray]) -> tuple[float, float]:
     return 0.7 * min(float(every.min()) if every.size else high, 0.1 * high), 1.5 * high
 
 
-def shared_directions(one: Any, two: Any) -> np.ndarray:
-    """Which of the principal angles of two updates are between directions that both have; shape of the angles."""
-    return np.asarray(_compare.shared(*(algebra.spectrum({"": x})[""] for x in (one, two))))
+def shared_directions(x: Comparison) -> np.ndarray:
+    """Which of the principal angles of two updates are between directions that both have; all, if an update is not finite."""
+    broken = ~np.isfinite(np.asarray(x.norm_one)) | ~np.isfinite(np.asarray(x.norm_two))
+    return ~np.isnan(np.asarray(x.input_angles)) | broken[..., None]
 
 
 def overlap(cosines: np.ndarray, shared: np.ndarray) -> np.ndarray:
@@ -104,8 +108,8 @@ def overlap(cosines: np.ndarray, shared: np.ndarray) -> np.ndarray:
     return np.asarray(squares.sum(axis=-1) / np.maximum(1, shared.sum(axis=-1)))
 
 
-def draw_angles(plt: Any, ax: Any, sides: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """All principal angles: their cosines against their number."""
+def draw_angles(plt: Any, ax: Any, sides: Sequence[Mapping[str, np.ndarray]], nothing: str) -> None:
+    """All principal angles: their cosines against their number; ``nothing`` says why, where there are none."""
     ink = ink_of(ax.figure)
     most = max(x.shape[-1] for x in sides[0].values())
     for side, colour, name in zip(sides, (BLUE, ORANGE), ("input", "output"), strict=True):
@@ -119,6 +123,8 @@ def draw_angles(plt: Any, ax: Any, sides: Sequence[Mapping[str, np.ndarray]]) ->
     ax.xaxis.set_major_locator(plt.ticker.MaxNLocator(8, integer=True))
     if ax.lines:
         ax.legend(fontsize=SMALL, frameon=False, loc="best", labelcolor=ink.text)
+    else:
+        note(ax, nothing)
     frame(ax)
 
 

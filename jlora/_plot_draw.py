@@ -46,6 +46,7 @@ class Ink(NamedTuple):
     text: Any
     line: Any
     absent: Any  # cells of leaves without a value
+    pale: Any  # cells of values that cannot be relative to a base of zeros
     full: Any  # cells of values that are not finite
     dark: bool  # whether the paper is
 
@@ -59,7 +60,7 @@ def ink_of(fig: Any) -> Ink:
     def mixed(share: float) -> tuple[float, ...]:
         return tuple(((1 - share) * paper + share * far).tolist())
 
-    return Ink(mixed(0.0), mixed(0.8), mixed(0.4), mixed(0.25), mixed(1.0), dark)
+    return Ink(mixed(0.0), mixed(0.8), mixed(0.4), mixed(0.25), mixed(0.08), mixed(1.0), dark)
 
 
 def _paper(fig: Any) -> tuple[float, ...]:
@@ -101,3 +102,10 @@ def frame(ax: Any) -> None:
     ax.spines[["left", "bottom"]].set_color(ink.line)
     ax.tick_params(labelsize=SMALL, length=2, colors=ink.text, which="both")
     ax.grid(color=ink.line, alpha=0.25, lw=0.5)
+
+
+def note(ax: Any, text: str) -> None:
+    """Says in the middle of axes why nothing is drawn there."""
+    ink = ink_of(ax.figure)
+    box = {"facecolor": ink.paper, "edgecolor": "none", "pad": 2}
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", fontsize=SMALL, color=ink.text, bbox=box)

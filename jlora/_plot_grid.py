@@ -45,6 +45,11 @@ def _read(path: str) -> _Path:
     return _Path(parts, [i for i, _ in found], [int(m[3]) for _, m in found], names)
 
 
+def all_masked(shape: tuple[int, ...]) -> Any:
+    """Cells without a value, with zeros behind the mask: Matplotlib computes with those, and whatever memory holds may overflow."""
+    return np.ma.array(np.zeros(shape), mask=True)
+
+
 class Grid(NamedTuple):
     """The cells of a heat map: columns are layers, rows are the parts of kinds (one, or one for each expert)."""
 
@@ -58,7 +63,7 @@ class Grid(NamedTuple):
     def fill(self, values: Mapping[str, np.ndarray]) -> tuple[Any, np.ndarray]:
         """The cells' values, masked where there are none, and where there is a leaf without one."""
         shape = (sum(self.kinds.values()), len(self.columns))
-        out: Any = np.ma.masked_all(shape, np.float64)
+        out = all_masked(shape)
         leaf = np.zeros(shape, bool)
         for path, (rows, columns) in self.where.items():
             leaf[rows, columns] = True

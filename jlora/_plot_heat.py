@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from jlora._plot_draw import SMALL, TEXT, TITLE, bar, ink_of, load_matplotlib, luminance
-from jlora._plot_grid import Grid
+from jlora._plot_grid import Grid, all_masked
 
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # between the numbers of layers
 BEYOND = {"viridis": ("#56b4e9", "#d55e00"), "RdYlBu_r": ("#0b0b3b", "#4d0013")}  # colours below and above a scale
 FEW = 0.04  # share of the values that may lie beyond the colours: those of one layer of 25
 ENOUGH = 8  # values; among fewer, none is an outlier
+HATCH = "//////"
 
 
 def scale(values: Mapping[str, np.ndarray], low: float | None = None) -> tuple[float, float]:
@@ -47,29 +48,40 @@ def heat(
     absent: str = "not adapted",
     colours: str = "viridis",
     percent: bool = False,
+    baseless: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """A heat map with its colour bar; cells beyond ``limits`` have colours of their own, and so have those without a finite value."""
+    """A heat map with its colour bar; cells beyond ``limits`` have colours of their own, and so have those without a finite value.
+
+    ``baseless`` tells which values are relative to a base of zeros: their cells are hatched.
+    """
     plt = load_matplotlib()
     ink = ink_of(ax.figure)
     data, crossed = grid.fill(values)
-    broken = ~np.ma.getmaskarray(data) & ~np.isfinite(data.filled(0.0))
+    hatched = grid.fill(baseless or {})[0].filled(0.0) > 0
+    broken = ~np.ma.getmaskarray(data) & ~np.isfinite(data.filled(0.0)) & ~hatched
     x, y = grid.edges()
     if grid.apart:  # a gap after the column without a layer
-        data, crossed, broken = (_gap(cells) for cells in (data, crossed, broken))
+        data, crossed, hatched, broken = (_gap(cells) for cells in (data, crossed, hatched, broken))
     low, high = limits
     under, over = BEYOND[colours]
     ax.grid(False)  # whatever the style: lines would cross the cells
     ax.set_facecolor("none")
     mesh = ax.pcolormesh(
-        x, y, np.ma.masked_where(broken, data), vmin=low, vmax=high if high > low else low + 1.0,
+        x, y, np.ma.masked_where(hatched | broken, data), vmin=low, vmax=high if high > low else low + 1.0,
         cmap=plt.colormaps[colours].with_extremes(under=under, over=over),
     )  # fmt: skip
     legend = []
-    for cells, colour, name in ((crossed, ink.absent, absent), (broken, ink.full, "not finite")):
+    for cells, colour, hatch, name in (
+        (crossed, ink.absent, None, absent),
+        (hatched, ink.pale, HATCH, "the base is zero"),
+        (broken, ink.full, None, "not finite"),
+    ):
         if cells.any():
             paint = plt.colors.ListedColormap([colour])
             ax.pcolormesh(x, y, np.ma.masked_where(~cells, np.ones(cells.shape)), cmap=paint)
-            legend.append(plt.patches.Patch(facecolor=colour, edgecolor="none", label=name))
+            style = {"hatch": hatch, "edgecolor": ink.line if hatch else "none", "linewidth": 0}
+            legend.append(plt.patches.Patch(facecolor=colour, label=name, **style))
+    _hatch(plt, ax, hatched, x, y, ink.line)
     strokes = [((x[j], y[i + 1]), (x[j + 1], y[i])) for i, j in np.argwhere(crossed | broken)]
     strokes += [((x[j], y[i]), (x[j + 1], y[i + 1])) for i, j in np.argwhere(broken)]
     ax.add_collection(plt.collections.LineCollection(strokes, colors=[ink.paper], linewidths=0.8), autolim=False)
@@ -87,6 +99,14 @@ def heat(
             frameon=False, borderaxespad=0.0, borderpad=0.0, handlelength=1.2, handleheight=1.0, columnspacing=1.0,
             labelcolor=[ink.text] * len(legend),
         )  # fmt: skip
+
+
+def _hatch(plt: Any, ax: Any, cells: np.ndarray, x: np.ndarray, y: np.ndarray, colour: Any) -> None:
+    """Hatches cells; a mesh cannot."""
+    corners = [[(x[j + k], y[i + h]) for h, k in ((0, 0), (0, 1), (1, 1), (1, 0))] for i, j in np.argwhere(cells)]
+    if corners:
+        style = {"facecolors": "none", "edgecolors": [colour], "linewidths": 0, "hatch": HATCH}
+        ax.add_collection(plt.collections.PolyCollection(corners, **style), autolim=False)
 
 
 def _scale_bar(plt: Any, ax: Any, mesh: Any, label: str, percent: bool) -> None:
@@ -120,7 +140,7 @@ def _number(value: float, percent: bool) -> str:
 def _gap(cells: Any) -> Any:
     """Cells with an empty column after the first."""
     if isinstance(cells, np.ma.MaskedArray):
-        return np.ma.concatenate([cells[:, :1], np.ma.masked_all((len(cells), 1)), cells[:, 1:]], axis=1)
+        return np.ma.concatenate([cells[:, :1], all_masked((len(cells), 1)), cells[:, 1:]], axis=1)
     return np.insert(cells, 1, False, axis=1)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from jlora import _jax, _paths, algebra
 from jlora._adapters import Adapter, LowRank
 from jlora._algebra_checks import values_of
+from jlora._compare import Comparison
 from jlora._plot_curves import draw_angles, draw_spectra, overlap, panels_of, shared_directions
 from jlora._plot_draw import figure, load_matplotlib, root
 from jlora._plot_grid import grid_of
@@ -56,9 +57,10 @@ def norms(
         figsize: Size of the new figure in inches; by default, what the number of cells needs.
 
     Returns:
-        The figure. Grey, with a stroke: the base has the leaf, the adapter does not. Blank: the base has no such leaf. Black and crossed
-        out: the value is not finite (or relative to a weight of zeros). A few values far beyond all others have the colour of the colour
-        bar's arrow; the number above it is the highest.
+        The figure. Grey, with a stroke: the base has the leaf, the adapter does not. Blank: the base has no such leaf. Hatched:
+        the base is zero there, as a bias often is before training, and nothing is relative to it (``relative=False`` draws the norm). Black
+        and crossed out: the value is not finite. A few values far beyond all others have the colour of the colour bar's arrow; the number
+        above it is the highest.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -89,9 +91,12 @@ def norms(
         )
     base = {} if params is None else _base("norms", lora, params)
     values = {path: np.asarray(x) for path, x in algebra.norms(lora, params).items()}
+    baseless = {}
     if relative:
-        with np.errstate(all="ignore"):  # a base of zeros: drawn as not finite
-            values = {path: x / _base_norm(lora[path], base[path]) for path, x in values.items()}
+        units = {path: _base_norm(lora[path], w) for path, w in base.items()}
+        baseless = {path: (units[path] == 0) & np.isfinite(x) for path, x in values.items()}
+        with np.errstate(all="ignore"):  # what is relative to zeros is marked
+            values = {path: x / units[path] for path, x in values.items()}
     grid = grid_of(lora)
     if ax is None:
         width, height, beside = grid.size()
@@ -107,6 +112,7 @@ def norms(
         label=label,
         limits=scale(values, 0.0),
         percent=relative,
+        baseless=baseless,
     )
     return root(ax)
 
@@ -125,13 +131,13 @@ def spectra(lora: Lora, params: Any = None, *, figsize: Size | None = None) -> "
         figsize: Size of the figure in inches; by default, what panels and cells need.
 
     Returns:
-        The figure. The update of a fresh adapter is zero: it has no line, and effective rank 0. Neither has a line relative to a weight
-        of zeros. Grey in the heat map: the base has the leaf, but the adapter none of low rank for it.
+        The figure. An update of zero has no line, and effective rank 0; neither has a line what is relative to a weight of zeros. A panel
+        without any line says why. Grey in the heat map: the base has the leaf, but the adapter none of low rank for it.
 
     Raises:
         ImportError: Matplotlib is not installed.
         TypeError: ``lora`` is no adapter, or holds a kind of one's own or no values; ``params`` has none.
-        ValueError: the adapter is empty, or has no low-rank leaf; ``params`` is another base.
+        ValueError: the adapter is empty, or has no low-rank leaf, or none with an update (a fresh one); ``params`` is another base.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora, jlora.plot
@@ -152,6 +158,12 @@ def spectra(lora: Lora, params: Any = None, *, figsize: Size | None = None) -> "
         raise ValueError(
             f"The adapter has no low-rank leaf, and so no spectrum.\n  got: {_paths.listing(list(lora))}, trained outright\n"
             "  Draw the norms: jlora.plot.norms(lora, params)."
+        )
+    if not any(x.any() for x in found.values()):
+        raise ValueError(
+            "No low-rank leaf has an update yet: all singular values are 0, and there is no spectrum to draw.\n"
+            f"  got: {_paths.listing(list(found))}, the product of whose factors is 0, as in a fresh adapter\n"
+            "  Train the adapter first."
         )
     lora = {path: lora[path] for path in found}
     ranks = {path: np.asarray(algebra.effective_rank(jnp.asarray(x))) for path, x in found.items()}
@@ -197,13 +209,14 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
 
     Returns:
         The figure. Colours end at the largest value (but for a few far beyond all others), and not below 0.1. Grey, with a stroke: not in
-        both adapters, or not low-rank in both.
+        both adapters, or not low-rank in both. Where an update is zero, overlap and cosine are 0; a last
+        panel without any angle says why.
 
     Raises:
         ImportError: Matplotlib is not installed.
         TypeError: an argument is no adapter, or holds a kind of one's own or no values.
-        ValueError: no leaf has a low rank in both; the adapters are empty, belong to different bases, or split a leaf differently; a leaf
-            is trained outright and ``params`` is not given.
+        ValueError: no leaf has a low rank in both; the adapters are empty, belong to different bases, or split a leaf differently; neither
+            has an update (both are fresh); a leaf is trained outright and ``params`` is not given.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora, jlora.plot
@@ -225,7 +238,7 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
     values_of([one, two], params, "angles(one, two, params)")  # raises in the words of this function, not of compare
     both = algebra.compare(one, two, params)
     cosine = {path: np.asarray(x.cosine) for path, x in both.items() if x.cosine is not None}
-    shared = {path: shared_directions(one[path], two[path]) for path, x in both.items() if x.input_angles is not None}
+    shared = {path: shared_directions(x) for path, x in both.items() if x.input_angles is not None}
     sides = [
         {path: np.where(on, np.cos(np.asarray(getattr(both[path], name))), np.nan) for path, on in shared.items()}
         for name in ("input_angles", "output_angles")
@@ -235,6 +248,7 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
             "No leaf has a low rank in both adapters: there are no angles between them.\n"
             f"  got: {_paths.listing(list(one))}; and {_paths.listing(list(two))}"
         )
+    nothing = _why_no_angles(both, any(on.any() for on in shared.values()))
     grid = grid_of(
         {**one, **two, **{path: x for lora in (one, two) for path, x in lora.items() if isinstance(x, LowRank)}}
     )
@@ -252,7 +266,7 @@ def angles(one: Lora, two: Lora, params: Any = None, *, figsize: Size | None = N
         axes[1, 0], grid, cosine, title="Cosine of the updates", label=r"$\cos(\Delta W_1, \Delta W_2)$",
         limits=(-most, most), absent="not in both", colours="RdYlBu_r",
     )  # fmt: skip
-    draw_angles(plt, axes[1, 1], sides)
+    draw_angles(plt, axes[1, 1], sides, nothing)
     return fig
 
 
@@ -295,6 +309,20 @@ def _base_norm(x: Adapter, w: Any) -> np.ndarray:
     """The norm of each batch slice of a leaf of the base, as ``algebra.norms`` has them of its update."""
     batch = x.batch if isinstance(x, LowRank) else ()
     return np.asarray(_slice_norms(jnp.asarray(w), tuple(d for d in range(np.ndim(w)) if d not in batch)))
+
+
+def _why_no_angles(both: Mapping[str, Comparison], shared: bool) -> str:
+    """What a panel of angles says if it has none, though directions may be shared; raises if neither adapter has an update."""
+    norms = {"one": [x.norm_one for x in both.values()], "two": [x.norm_two for x in both.values()]}
+    fresh = [name for name, sizes in norms.items() if not any(np.any(x) for x in sizes if x is not None)]
+    if len(fresh) == 2:
+        raise ValueError(
+            "Neither adapter has an update yet: there are no angles between them.\n"
+            f"  got: {_paths.listing(list(both))}, all updates 0, as in a fresh adapter\n  Train at least one of them first."
+        )
+    if fresh:
+        return f"'{fresh[0]}' has no update yet"
+    return "not finite" if shared else "no low-rank leaf has\nan update in both"
 
 
 @partial(jax.jit, static_argnums=1)

@@ -63,7 +63,7 @@ STAGES = (
 )
 STEPS = {"tiny": 4, "1B": 12, "7B": 6}
 QUICK_SECONDS = 50.0
-QUICK = (JLORA, HAND, FLOOR, FULL, NAIVE, *VARIANTS)
+QUICK = (JLORA, HAND, FLOOR, FULL)
 REQUIRED = (JLORA, HAND, "check")  # what the claims are about
 
 

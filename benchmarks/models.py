@@ -368,11 +368,10 @@ def conv(
 
 
 def models(quick: bool) -> list[Model]:
-    """All of them, or one of each kind of layer, small."""
+    """All of them, or small ones with dense layers and with convolutions; ``scale`` has a small Llama."""
     if not quick:
         return [transformer(), llama(), bert(), vit(), conv()]
     return [
         transformer(blocks=2, width=128, count=4, length=32),
-        llama(blocks=2, width=96, hidden=192, count=3, kv=1, vocab=512, length=32),
         conv(widths=(16, 32), depth=1, side=16, batch=4),
     ]

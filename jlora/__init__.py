@@ -28,7 +28,11 @@ from jlora._summary import summary as summary
 from jlora._wrap import wrap as wrap
 
 if TYPE_CHECKING:
+    from jlora import algebra as algebra
+    from jlora import export as export
     from jlora import nnx as nnx
+    from jlora import peft as peft
+    from jlora import plot as plot
 
 __version__ = "0.1.0"
 
@@ -59,7 +63,11 @@ __all__ = [
 ]
 
 
+_LATER = ("algebra", "export", "nnx", "peft", "plot")
+"""Modules that are imported when they are asked for: Flax, safetensors and Matplotlib are not needed before."""
+
+
 def __getattr__(name: str) -> object:
-    if name == "nnx":  # Flax is imported only when it is asked for
-        return importlib.import_module("jlora.nnx")
+    if name in _LATER:
+        return importlib.import_module(f"jlora.{name}")
     raise AttributeError(f"module 'jlora' has no attribute {name!r}")

@@ -395,6 +395,14 @@ def test_targets_choose_exactly_what_they_name(paths, rank, by_predicate):
         assert adapter.shape == sites[path].shape
 
 
+def test_every_public_module_is_there_after_import_jlora():
+    """Without an import of its own, and only then: each is loaded when it is asked for."""
+    names = ("algebra", "export", "nnx", "peft", "plot")
+    code = f"import jlora; print([getattr(jlora, n).__name__ for n in {names} if 'jlora.' + n not in __import__('sys').modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str([f"jlora.{n}" for n in names])
+
+
 def test_import_is_light():
     """``import jlora`` brings neither Flax, optax nor orbax with it; asking for a name that is not there says so."""
     names = ("flax", "optax", "orbax", "matplotlib", "rich", "typer", "safetensors")

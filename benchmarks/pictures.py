@@ -86,11 +86,11 @@ def scale_figure(plt: Any, results: dict[str, Any]) -> Any:
             ax.plot(values, middle, color=color, marker="o", markersize=3, label=way)
             ax.fill_between(values, low, high, color=color, alpha=0.2, linewidth=0)
         ax.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
-        ax.set(title=AXES.get(axis, axis), ylim=(0, None))
+        ax.set_title(AXES.get(axis, axis))
         ax.set_xscale("log", base=2)
         ax.set_xticks(values, [str(value) for value in values])
         ax.minorticks_off()
-    axes[0].set_ylabel("gradient step, full fine-tuning = 1")
+    axes[0].set(ylabel="gradient step, full fine-tuning = 1", ylim=(0, None))  # last: it ends the fit to what is drawn
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 

@@ -41,14 +41,8 @@ def measured(name: str, quick: bool) -> dict[str, Any] | None:
         out = Path(folder) / "results.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *(["--quick"] if quick else [])]
         # Of its output only progress and errors are shown: tables come at the end.
-        subprocess.run(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL, env=environment(quick))
+        subprocess.run(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text()) if out.exists() else None
-
-
-def environment(quick: bool) -> dict[str, str]:
-    """Of a process that measures. Counts are taken before XLA:CPU makes code, most of what a quick run would wait for."""
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return dict(os.environ) | ({"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {fast}"} if quick else {})
 
 
 def timed(name: str, quick: bool) -> tuple[dict[str, Any] | None, float]:

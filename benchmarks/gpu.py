@@ -29,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from benchmarks import gpu_ways, suite
+from benchmarks import gpu_ways, measure, suite
 from benchmarks.gpu_program import Program, profile
 from benchmarks.gpu_tables import claims as claims
 from benchmarks.gpu_tables import tables as tables
@@ -101,9 +101,7 @@ def environment(folder: Path, cpu: bool, profile: bool) -> dict[str, str]:
     """Of a process that measures: it may hold the card, all its kinds of cache are shared and end with this run."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("XLA_PYTHON_CLIENT_")}
     if cpu:
-        # The times mean little, and compiling is most of what it takes.
-        fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {fast}"}
+        return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {measure.COUNTS_ONLY}"}
     # Kernels launched as one CUDA graph would not tell which operation they belong to.
     flags = {"XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="} if profile else {}
     caches = {

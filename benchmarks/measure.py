@@ -18,26 +18,21 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-# Of the compiler, where only counts are taken, which it knows before it makes code.
-COUNTS_ONLY = {"xla_backend_optimization_level": 0}
+# Of XLA, where only counts are taken, which it knows before it makes code: most of what a quick run would wait for.
+COUNTS_ONLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 Samples = dict[str, list[float]]
 
 
-def stages(
-    fn: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any] | None = None
-) -> tuple[dict[str, float], Any]:
-    """Seconds to trace, lower and compile ``fn(*args)`` with JAX's caches empty, and the compiled program.
-
-    ``options`` are the compiler's.
-    """
+def stages(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[str, float], Any]:
+    """Seconds to trace, lower and compile ``fn(*args)`` with JAX's caches empty, and the compiled program."""
     jax.clear_caches()
     start = time.perf_counter()
     traced = jax.jit(fn).trace(*args)
     after_trace = time.perf_counter()
     lowered = traced.lower()
     after_lower = time.perf_counter()
-    compiled = lowered.compile(options and dict(options))
+    compiled = lowered.compile()
     end = time.perf_counter()
     return {"trace": after_trace - start, "lower": after_lower - after_trace, "compile": end - after_lower}, compiled
 
@@ -63,6 +58,11 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> Samples:
 def flops(compiled: Any) -> float:
     """Flops of a compiled program, as XLA counts them."""
     return compiled.cost_analysis()["flops"]
+
+
+def count_only() -> None:
+    """Takes counts alone from here on, in this process and those it starts; before JAX's first device."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COUNTS_ONLY}"
 
 
 def memory(compiled: Any) -> dict[str, int]:

@@ -59,7 +59,6 @@ class Plan(NamedTuple):
     layers: int  # of the bases of init, merge, save, load
     widths: tuple[int, ...]
     ranks: tuple[int, ...]  # at the second of the widths
-    compiler: dict[str, Any]  # options
 
 
 PLAN = Plan(
@@ -70,7 +69,6 @@ PLAN = Plan(
     layers=8,
     widths=(256, 512, 1024, 2048),
     ranks=(4, 16, 64, 256),
-    compiler={},
 )
 QUICK = Plan(
     Point(depth=1, rank=4, length=32, width=64),
@@ -80,7 +78,6 @@ QUICK = Plan(
     layers=1,
     widths=(128, 256),  # no factor is of 1 KiB or less: see BESIDE
     ranks=(4, 16),
-    compiler=measure.COUNTS_ONLY,
 )
 
 
@@ -159,7 +156,7 @@ def measured_step(plan: Plan, point: Point) -> dict[str, Any]:
             ways[name][stage].append(value)
     for name, (trace, lowered) in last.items():
         start = time.perf_counter()
-        compiled = lowered.compile(plan.compiler)
+        compiled = lowered.compile()
         ways[name] |= {
             "compile": time.perf_counter() - start,
             "equations": sum(1 for _ in measure.equations(trace.jaxpr)),

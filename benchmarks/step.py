@@ -32,21 +32,21 @@ CLAIMED = (FULL, HAND, BEST, JLORA, FLOOR)
 
 def run(quick: bool, only: str = "") -> dict[str, Any]:
     """Everything that is measured, raw, by model and way."""
-    rounds, repeats, options = (3, 1, measure.COUNTS_ONLY) if quick else (15, 3, {})
+    rounds, repeats = (3, 1) if quick else (15, 3)
     missing, found = suite.missing(PEERS), {}
     for model in models.models(quick):
         if only.lower() in model.name.lower():
             torch = not missing.keys() & set(PEERS[:3])
             few = quick and bool(found)  # peers are tried on the first model
-            found[model.name], unfit = one(model, rounds, repeats, options, torch and not few, few)
+            found[model.name], unfit = one(model, rounds, repeats, torch and not few, few)
             missing |= {f"{name}, {model.name}": why for name, why in unfit.items() if name not in missing}
     return {"rank": ways.RANK, "jlora": jlora.__version__, "models": found, "missing": missing}
 
 
 def one(
-    model: models.Model, rounds: int, repeats: int, options: dict[str, Any], torch: bool, few: bool
+    model: models.Model, rounds: int, repeats: int, torch: bool, few: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The measurements of one model, and the ways that do not fit it; ``options`` are the compiler's, ``few``: only what is claimed."""
+    """The measurements of one model, and the ways that do not fit it; ``few``: only what is claimed."""
     s = ways.setup(model)
     found, unfit = ways.ways(s, peers=not few)
     found = {name: way for name, way in found.items() if name in CLAIMED or not few}
@@ -56,11 +56,11 @@ def one(
     for _ in range(repeats):
         for name, (fn, args) in programs.items():
             suite.progress(f"{model.name}: compiling {name}")
-            seconds, compiled[name] = measure.stages(fn, (*args, s.labels), options)
+            seconds, compiled[name] = measure.stages(fn, (*args, s.labels))
             for stage, value in seconds.items():
                 results[name][stage].append(value)
     suite.progress(f"{model.name}: comparing gradients")
-    worst = check(found, s, options)
+    worst = check(found, s)
     runs: dict[str, Any] = {name: partial(compiled[name], *args, s.labels) for name, (_, args) in programs.items()}
     for name, (fn, args) in programs.items():
         start = time.perf_counter()
@@ -102,12 +102,10 @@ def _torch(model: models.Model, s: ways.Setup, results: dict[str, Any]) -> dict[
     return runs
 
 
-def check(found: dict[str, ways.Way], s: ways.Setup, options: dict[str, Any]) -> float:
+def check(found: dict[str, ways.Way], s: ways.Setup) -> float:
     """The largest relative difference of gradients that should be the same; raises if it is more than rounding."""
     grads = {
-        name: way.factors(
-            jax.jit(jax.grad(ways.loss(way)), compiler_options=options)(way.trained, way.rest, way.x, s.labels)
-        )
+        name: way.factors(jax.jit(jax.grad(ways.loss(way)))(way.trained, way.rest, way.x, s.labels))
         for name, way in found.items()
         if way.factors
     }

@@ -112,6 +112,8 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     if "only" in options:
         parser.add_argument("--only", default="", help="parts whose name contains this")
     args = parser.parse_args(argv)
+    if args.quick:
+        measure.count_only()
     chosen = {"only": args.only} if "only" in options else {}
     found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
     results = measure.environment() | {"quick": args.quick} | found

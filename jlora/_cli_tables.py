@@ -43,7 +43,7 @@ class Tables:
 
     def _is_linear(self, name: str) -> bool:
         module = name.removesuffix(".weight")
-        last = _last(name)
+        last = ties.last(name)
         return f"{module}.bias" in self.weights or (not TABLE.fullmatch(last) and LINEAR.fullmatch(last) is not None)
 
     def check_told(self) -> None:
@@ -69,8 +69,3 @@ class Tables:
                 'if it is not, put "tie_word_embeddings": false there'
             )
         return "it is tied to the output head, which PEFT adapts apart" if found else ""
-
-
-def _last(name: str) -> str:
-    """The last word of the name of a weight's module."""
-    return name.removesuffix(".weight").rpartition(".")[2]

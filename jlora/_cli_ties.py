@@ -40,10 +40,14 @@ def parts(config: Any) -> Iterator[dict[str, Any]]:
             yield from parts(part)
 
 
+def last(name: str) -> str:
+    """The last word of the name of a weight's module."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
 def _says(part: dict[str, Any]) -> bool:
     return isinstance(part.get("tie_word_embeddings"), bool)
 
 
 def _is_head(weights: Weights, name: str) -> bool:
-    last = name.removesuffix(".weight").rpartition(".")[2]
-    return name.endswith(".weight") and len(weights[name].shape) == 2 and HEAD.fullmatch(last) is not None
+    return name.endswith(".weight") and len(weights[name].shape) == 2 and HEAD.fullmatch(last(name)) is not None

@@ -252,7 +252,7 @@ def shards(folder):
 
 
 def test_shards_stay_shards_and_other_files_are_copied(here):
-    base = base_of("llama", here, torch_dtype="float32")
+    base = base_of("llama", here, torch_dtype="float32", text_config={"torch_dtype": "float32"})
     found = shards(base)
     (base / "pytorch_model.bin").write_text("the base's weights in another format")
     (base / "original").mkdir()
@@ -267,7 +267,8 @@ def test_shards_stay_shards_and_other_files_are_copied(here):
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in got.values())
     assert got["position_ids"].tolist() == [0, 1, 2, 3, 4]
     assert got["model.norm.weight"].dtype == np.float16
-    assert json.loads((here / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+    config = json.loads((here / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == config["text_config"]["torch_dtype"] == "float16"
 
 
 def test_a_model_may_be_one_file(here):
@@ -834,6 +835,7 @@ def test_diff_of_peft_and_of_whole_leaves(here):
     found = called("diff", PEFT / "llama", PEFT / "llama_rslora_patterns", code=1)
     assert len(found["only_in_one"]) == 8
     assert "--tol must be" in call("diff", "b", "b", "--tol", "nan", code=2)
+    assert "--conv1d is for PEFT's adapters, with --base" in call("diff", "b", "b", "--conv1d", "x", code=2)
 
 
 # --- Leaves trained outright --------------------------------------------------------------------------------------------
@@ -1239,6 +1241,12 @@ number = getattr(signal, sys.argv.pop())
 _cli_merge.Fold.added = lambda *_: (os.kill(os.getpid(), number), time.sleep(60))
 cli.main()
 """
+
+
+def test_an_interrupt_before_a_command_has_begun():
+    script = "import jlora._cli_app as a, jlora.cli\ndef app(**_):\n    raise KeyboardInterrupt\na.app = app\njlora.cli.main()"
+    done = process("-c", script)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing is left half-written\n")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL", "SIGINT"])

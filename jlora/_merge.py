@@ -84,20 +84,34 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
 
 def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any]:
     w = jnp.asarray(leaf)
+    dtype = dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
     # What replaces the leaf is stored as it is: w + (value - w) is not the value where w is large.
     whole = adapter.value if isinstance(adapter, FullWeight) else None
     update: Any = adapter.delta(w) if report or whole is None else None
-    total = _sum(w, update) if whole is None else whole
-    stored = total.astype(dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype)
+    stored = _sum(w, update, dtype, keep=report) if whole is None else whole.astype(dtype)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)
     return stored, _lost(stored, w, update, whole) if report else None
 
 
-def _sum(w: jax.Array, update: jax.Array) -> jax.Array:
+def _sum(w: jax.Array, update: jax.Array, dtype: Any, keep: bool) -> jax.Array:
+    """``w + update``, added in the wider dtype of the two: one pass, in the update's own memory where that can be."""
+    fits = not keep and update.dtype == dtype and _on_one_device(w) and _on_one_device(update)
+    return (_added_in_place if fits else _added)(w, update, dtype=dtype)
+
+
+def _on_one_device(x: jax.Array) -> bool:
+    return not isinstance(x, jax.core.Tracer) and len(x.devices()) == 1
+
+
+def _add(w: jax.Array, update: jax.Array, dtype: Any) -> jax.Array:
     wide = _jax.promote(w.dtype, update.dtype)
-    return w.astype(wide) + update.astype(wide)
+    return (w.astype(wide) + update.astype(wide)).astype(dtype)
+
+
+_added = jax.jit(_add, static_argnames="dtype")
+_added_in_place = jax.jit(_add, static_argnames="dtype", donate_argnames="update")
 
 
 def _lost(stored: jax.Array, w: jax.Array, update: jax.Array, whole: jax.Array | None) -> jax.Array:

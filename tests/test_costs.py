@@ -12,6 +12,7 @@ import pytest
 from measure import computed_values, flops, temporaries
 
 import jlora
+from jlora import _merge
 
 DIM, FF, HEADS, VOCAB, RANK, LAYERS = 128, 512, 4, 211, 4, 2
 
@@ -231,6 +232,27 @@ def test_only_one_layer_of_a_rematerialised_stack_is_scaled_at_a_time():
 
     ours = bytes_of(lora, jlora.wrap(fn))
     assert ours <= 1.01 * bytes_of(factors, lambda p, t, x: by_hand(p | t, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merge_adds_in_the_memory_of_the_update(dtype):
+    w, update = jnp.ones((64, 32), dtype), jnp.full((64, 32), 2.0)
+    program = _merge._added_in_place.lower(w, update, dtype=jnp.float32).compile().memory_analysis()
+    assert program.temp_size_in_bytes == 0
+    assert program.alias_size_in_bytes == update.nbytes
+    stored = _merge._sum(w, update, jnp.float32, keep=False)
+    assert update.is_deleted() and not w.is_deleted()
+    assert (stored == 3.0).all()
+
+
+def test_merge_leaves_its_arguments_as_they_were():
+    params = {"w": jnp.ones((6, 4)), "v": jnp.ones((4, 1), jnp.bfloat16)}
+    sites = jlora.sites(lambda p, x: x @ p["w"] @ p["v"].astype(jnp.float32), params, jnp.ones((3, 6)))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=1, alpha=1))
+    before = jax.tree.map(np.array, (params, lora))
+    for report in (False, True):
+        jlora.merge(params, lora, report=report, dtype=jnp.float32)
+    assert all((x == y).all() for x, y in zip(*map(jax.tree.leaves, ((params, lora), before)), strict=True))
 
 
 def test_init_of_a_7b_shaped_tree_needs_no_base():

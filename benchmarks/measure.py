@@ -12,6 +12,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -69,6 +70,15 @@ def memory(compiled: Any) -> dict[str, int]:
     """Bytes of a compiled program's temporaries and of its results; its arguments not counted."""
     analysis = compiled.memory_analysis()
     return {"temporaries": analysis.temp_size_in_bytes, "results": analysis.output_size_in_bytes}
+
+
+def free_memory() -> int | None:
+    """Bytes that the system can give a process without swapping; ``None`` where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 class Collective(NamedTuple):

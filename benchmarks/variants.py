@@ -10,7 +10,8 @@ A gradient step of the transformer of ``step.py``, its adapted layers written ou
 * one pass: a backward written out, which reads ``x`` and ``dy`` once for each product (``jax.custom_vjp``);
 * formed: ``x·(W + s·A·B)`` forward and for ``dx``, the sum made anew in the backward, and no gradient of ``W`` ever.
 
-Then what rounding does where the base is bf16, and single products.
+Then what rounding does where the base is bf16, and single products: either way round, and beside a mere pass over their activations, which
+is what none of them can do without.
 """
 
 import statistics
@@ -26,6 +27,7 @@ import optax
 from benchmarks import measure, models, suite, ways
 from benchmarks.ways import FLOOR, SCALE
 
+READ, WRITE = "reading", "reading and writing"
 TITLE = "Other ways to evaluate an adapter"
 Pair = tuple[jax.Array, jax.Array]
 
@@ -143,7 +145,13 @@ def run(quick: bool) -> dict[str, Any]:
     runs = {name: partial(compiled[name], *args) for name, (_, args) in programs.items()}
     for name, samples in measure.in_turns(runs, 3 if quick else 41).items():
         results[name]["step"] = samples
-    return {"about": s.model.about, "variants": results, "rounding": rounding(), "products": products(quick)}
+    return {
+        "about": s.model.about,
+        "variants": results,
+        "rounding": rounding(),
+        "products": products(quick),
+        "passes": passes(quick),
+    }
 
 
 def products(quick: bool) -> dict[str, dict[str, list[float]]]:
@@ -170,6 +178,28 @@ def products(quick: bool) -> dict[str, dict[str, list[float]]]:
                 compiled = [jax.jit(fn).lower(*args).compile() for fn, args in pair]
                 runs = {str(i): partial(c, *args) for i, (c, (_, args)) in enumerate(zip(compiled, pair, strict=True))}
                 found[title] = measure.in_turns(runs, 3 if quick else 101)
+    return found
+
+
+def passes(quick: bool) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each of the six thin products, as jlora's program has them, and of merely reading and writing as large activations."""
+    tokens, sizes, found = (64, (32, 64), {}) if quick else (1024, (512, 2048), {})
+    products: dict[str, Callable[..., jax.Array]] = {
+        "x·A": lambda x, t, a, b: x @ a.T,
+        "t·B": lambda x, t, a, b: t @ b,
+        "dy·Bᵀ": lambda x, t, a, b: x @ b.T,
+        "tᵀ·dy": lambda x, t, a, b: t.T @ x,
+        "dtᵀ·x": lambda x, t, a, b: t.T @ x,
+        "dt·Aᵀ": lambda x, t, a, b: t @ a,
+        READ: lambda x, t, a, b: x.sum(),
+        WRITE: lambda x, t, a, b: 2 * x,
+    }
+    for size in sizes:
+        for rank in (8, 32):
+            suite.progress(f"thin products of {tokens} x {size}, rank {rank}")
+            args = [jnp.ones(shape) for shape in ((tokens, size), (tokens, rank), (rank, size), (rank, size))]
+            runs = {name: partial(jax.jit(fn).lower(*args).compile(), *args) for name, fn in products.items()}
+            found[f"{tokens} x {size}, rank {rank}"] = measure.in_turns(runs, 3 if quick else 101)
     return found
 
 
@@ -215,7 +245,19 @@ def tables(results: dict[str, Any]) -> list[suite.Table]:
     return [
         suite.Table(f"{TITLE}: {results['about']}", header, rows, note),
         suite.Table("Single products", ["", "first, ms", "second, ms", "first / second"], single),
+        passes_table(results["passes"]),
     ]
+
+
+def passes_table(passes: dict[str, dict[str, list[float]]]) -> suite.Table:
+    rows = [[at, *(f"{1e3 * statistics.median(x):.3f}" for x in samples.values())] for at, samples in passes.items()]
+    note = (
+        f"ms; {READ}: the sum of activations of that size, {WRITE}: twice them. An adapted layer adds the six products; what is added "
+        "to the base's result is read and written once more, unless XLA fuses the sum into what follows."
+    )
+    return suite.Table(
+        "The six thin products, and one pass over their activations", ["", *next(iter(passes.values()))], rows, note
+    )
 
 
 def claims(results: dict[str, Any]) -> list[suite.Claim]:

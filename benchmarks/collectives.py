@@ -3,7 +3,8 @@
     python -m benchmarks.collectives [--quick] [--out collectives.json]
 
 Two layers of a Llama on a mesh (2, 4), split in each of the usual ways, compiled for eight simulated CPU devices. Nothing is run. Three
-programs: the base's own step (frozen base, gradient to the first activation: what any adapter of the first layer has to pay), the step
+programs: the base's own step (frozen base, gradient to the first activation; an adapter of the first layer needs all of it but that last
+gradient, which is why it can move less), the step
 of the adapter, and full fine-tuning. The compiler of a TPU cuts collectives into pieces and fuses them into products, so that their
 text tells neither how many there are nor how much they move: it is not counted here.
 """

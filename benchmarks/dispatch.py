@@ -228,7 +228,7 @@ def whole_steps(by_size: dict[str, Any]) -> suite.Table:
             suite.exponent([int(size) for size in seconds], [micro(by[n]) for by in seconds.values()]) for n in names
         ]
         rows.append([kind, "growth", *(f"n^{law:.2f}" for law in laws), "", ""])
-    header = ["step", "pairs", *(f"{name}, µs" for name in names), "jlora / dict", "middle half"]
+    header = ["step", "pairs", *(f"{name}, µs" for name in names), "jlora / dict", "quartiles"]
     note = "Medians, until the call comes back; growth: the power of the number of pairs that fits best."
     return suite.Table("A jitted step", header, rows, note)
 

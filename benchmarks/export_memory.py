@@ -14,6 +14,8 @@ from typing import Any
 
 from benchmarks import suite
 
+suite.require("export_memory")
+
 WAYS = ("jlora.export.save", "merge, then safetensors", "jlora.export.save_orbax", "merge, then orbax")
 HEADER = ["way", "base, MB", "one leaf, MB", "peak over the base, MB"]
 
@@ -66,7 +68,7 @@ def peaks(width: int, leaves: int) -> list[dict]:
         suite.progress(way)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", CODE, way, str(width), str(leaves), f"{folder}/model"]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         found.append({"way": way, "base": 4 * leaves * width**2, "leaf": 4 * width**2, "peak": int(out)})
     return found
 

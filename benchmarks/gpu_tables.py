@@ -89,7 +89,7 @@ def steps_table(results: dict[str, Any], case: str) -> suite.Table:
     notes.append(
         f"{sizes.batch} x {sizes.length} tokens; attention in JAX: {'; '.join(sorted(attention))}, in torch: sdpa"
     )
-    times_header = ["step ms", "middle half", "/ by hand", "tokens/s", "MFU %", "rounds"]
+    times_header = ["step ms", "quartiles", "/ by hand", "tokens/s", "MFU %", "rounds"]
     header = ["", *times_header, "peak GiB", "temporaries GiB", "trained M", "created"]
     return suite.Table(f"{case}: a training step", header, rows, "\n".join(notes))
 

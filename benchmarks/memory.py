@@ -6,7 +6,7 @@ Three parts. Training steps of 1B, 8B and 70B parameters with Adam, as shapes: c
 they need. A small Llama that is trained, each way in a process of its own: what the system says of it against what the compiler said. And
 what the adapter keeps for its backward pass that a frozen base does not, array by array, with jlora and with LoRA written by hand.
 
-The floor is a frozen base and the gradient to its first activations: what any adapter of the first layer has to pay.
+The floor is a frozen base and the gradient to its first activations: what is left if adapters and their optimiser cost nothing.
 """
 
 import collections

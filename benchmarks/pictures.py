@@ -27,7 +27,7 @@ def step_figure(plt: Any, results: dict[str, Any]) -> Any:
     for ax, (name, model) in zip(axes, models.items(), strict=True):
         for i, way in enumerate(ways):
             if way not in model["ways"]:
-                ax.text(0.03, i, "does not fit", va="center", fontsize=8, color=OTHERS)
+                ax.text(0.03, i, "not for these layers", va="center", fontsize=8, color=OTHERS)
                 continue
             low, middle, high = suite.ratios(model["ways"][way]["step"], model["ways"][step.FULL]["step"])
             spread = [[middle - low], [high - middle]]
@@ -40,7 +40,7 @@ def step_figure(plt: Any, results: dict[str, Any]) -> Any:
         )
     axes[0].set_yticks(range(len(ways)), ways)
     axes[0].invert_yaxis()
-    figure.supxlabel("time of a training step, full fine-tuning = 1", fontsize=9)
+    figure.supxlabel("time of a training step, full fine-tuning = 1: medians and quartiles", fontsize=9)
     return figure
 
 
@@ -90,7 +90,9 @@ def scale_figure(plt: Any, results: dict[str, Any]) -> Any:
         ax.set_xscale("log", base=2)
         ax.set_xticks(values, [str(value) for value in values])
         ax.minorticks_off()
-    axes[0].set(ylabel="gradient step, full fine-tuning = 1", ylim=(0, None))  # last: it ends the fit to what is drawn
+    axes[0].set(
+        ylabel="gradient step, full fine-tuning = 1\n(median, quartiles)", ylim=(0, None)
+    )  # last: it ends the fit to what is drawn
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
@@ -134,7 +136,10 @@ def quality_figure(plt: Any, results: dict[str, Any]) -> Any:
     whole = results["parameters"]["all"]
     ax.set_xticks(ranks, [f"{rank}\n{100 * n / whole:.2g} %" for rank, n in zip(ranks, share, strict=True)])
     ax.minorticks_off()
-    ax.set(xlabel="rank, and share of the parameters that is trained", ylabel="accuracy on films never seen")
+    ax.set(
+        xlabel="rank, and share of the parameters that is trained",
+        ylabel="accuracy on films never seen\n(mean, standard deviation)",
+    )
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     return figure

@@ -4,8 +4,8 @@
 
 Llama shapes, bf16 base, Adam; the step is traced, split and compiled for 8 or 256 chips, and never run: no weight is made. By default the
 compiler is the TPU's own (``pip install libtpu``), which needs no TPU; ``JLORA_TARGET`` names another kind (v5e, v6e), and ``cpu`` takes as
-many simulated CPU devices, whose compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps an fp32 copy
-of the weights and moments in fp32, LoRA factors and moments in fp32.
+many simulated CPU devices, whose compiler keeps more temporaries (it computes bf16 products in fp32). Full fine-tuning keeps weights and
+moments in fp32, LoRA factors and moments in fp32.
 """
 
 import math
@@ -118,9 +118,9 @@ def run(quick: bool, only: str = "") -> dict[str, Any]:
     llama_shapes.simulate(256)
     length = 64 if quick else LENGTH
     results: dict[str, Any] = {}
-    for name, (shape, mesh_shape, batch) in (QUICK if quick else RUNS).items():
-        if only not in name:
-            continue
+    runs = QUICK if quick else RUNS
+    for name in suite.chosen(list(runs), only):
+        shape, mesh_shape, batch = runs[name]
         chips = llama_shapes.devices(target, math.prod(mesh_shape))
         mesh = Mesh(np.array(chips).reshape(mesh_shape), ("data", "model"))
         for way in ("LoRA", "full fine-tuning"):

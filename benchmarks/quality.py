@@ -27,9 +27,10 @@ from flax.traverse_util import flatten_dict
 import jlora
 from benchmarks import suite
 
+suite.require("quality")  # the example's
 sys.path.append(str(suite.ROOT / "examples"))
-import text_classification as example
-import training
+import text_classification as example  # noqa: E402
+import training  # noqa: E402
 
 TITLE = "Quality over the rank: accuracy on film reviews, parameters trained, time"
 

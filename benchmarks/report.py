@@ -32,10 +32,14 @@ def latest(name: str) -> tuple[Path, dict[str, Any]] | None:
 def machine(results: dict[str, Any]) -> str:
     """Where, when and with what: a figure means nothing without."""
     kinds = collections.Counter(results["machine"]["devices"])  # earlier results list every device
-    devices = ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
+    # What is only compiled runs nowhere: the devices that stand in for its target tell nothing.
+    devices = results.get("target") or ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
     kept = {k: v for k, v in results["versions"].items() if k in ("jax", "flax", "torch", "peft", "qwix", "libtpu")}
     versions = ", ".join(f"{name} {version}" for name, version in kept.items())
-    return f"{results['date'][:10]}, {results['machine']['cores']} cores of {results['machine']['cpu']}, device: {devices}; {versions}"
+    load = results["machine"].get("load at start")
+    busy = f" (load {load[0]:.1f} before it began)" if load else ""
+    cpu = f"{results['machine']['cores']} cores of {results['machine']['cpu']}{busy}"
+    return f"{results['date'][:10]}, {cpu}, device: {devices}; {versions}"
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ def readme(path: Path, results: dict[str, Any]) -> str:
     return (
         f"{measure.markdown(header, rows)}\n\n"
         f"One training step (forward, backward, Adam; fp32; rank {results['rank']}), time relative to full fine-tuning in the same run; "
-        f"flops, and arrays of a kernel's size that the step computes, of the {names[0]}. {sizes}.{missing}\n\n"
+        f"flops, and arrays of a kernel's size that the step computes (views count too), of the {names[0]}. {sizes}.{missing}\n\n"
         f"{above_floors(step, results['models'])}\n\nMeasured {machine(results)}; "
         f"`python -m benchmarks --only step` reproduces it ([samples]({path.relative_to(ROOT)})). [All benchmarks](docs/benchmarks.md).\n"
     )
@@ -102,8 +106,13 @@ INTRODUCTION = """# Benchmarks
 
 Every figure is from one run of one script in [`benchmarks/`](../benchmarks), with its raw samples in
 [`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures
-all, `--quick` checks what README and these pages claim in counts, and `python -m benchmarks.report` writes this page. What a
-full run compares with: `pip install -r benchmarks/requirements.txt`.
+all, in about an hour and a half on two cores; `--quick` checks in two minutes, on small sizes and fewer models, what README and these pages
+claim in counts; `python -m benchmarks.report` writes this page. `pip install -e ".[demo]" -r benchmarks/requirements.txt` brings what they
+run on and compare with; what is missing is named. `quality` fetches a model and reviews. Of the benchmark for GPUs there are no
+results yet.
+
+A ratio of times is the median of the ratios round by round, which is not the ratio of the medians beside it; quartiles are those of
+the same ratios.
 """
 
 
@@ -170,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(
                 f"Not what the results say: {', '.join(map(str, stale))}. Run python -m benchmarks.report."
             )
+        print("README and docs/benchmarks.md say what the results say.")
         return
     draw()
     for path, text in wanted.items():

@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale [--quick] [--out scale.json]
 
-Steps are those of the examples' Llama, unrolled, in fp32: one axis is varied at a time, and the others stay at ``CENTRE``. Three ways are
+Steps are those of the examples' Llama, unrolled, in fp32: one axis is varied at a time, and the others stay at the values named below the
+table, where all axes meet in one measurement. Kernels are adapted in the order query, value, key, out, gate, up, down. Three ways are
 taken in turns: jlora, full fine-tuning, and the floor: the base frozen, and the gradient for the first norm's scale alone, which is what
-any adapter of the first layer has to pay. Each growth law is the power that fits best, of whatever range was measured.
+is left if adapters cost nothing. Each growth law is the power that fits best, of whatever range was measured; n^0 does not grow.
 """
 
 import gc
@@ -224,10 +225,11 @@ def step_table(results: dict[str, Any]) -> suite.Table:
                 [axis, value, *times, f"{middle:.2f}", f"{low:.2f} - {high:.2f}", above, *flops, f"{memory:.2f}"]
             )
         rows.append([axis, "growth", *(law(by_value, by) for by in medians.values()), *[""] * 6])
-    header = ["axis", "value", "jlora, ms", "full, ms", "floor, ms", "jlora / full", "middle half", "jlora / floor"]
+    header = ["axis", "value", "jlora, ms", "full, ms", "floor, ms", "jlora / full", "quartiles", "jlora / floor"]
     note = (
         f"Others at {results['centre']}. full: full fine-tuning; flops and memory (temporaries and results) relative to it; limit: "
-        "2/3 + r(k + m)/(km) over all kernels, with what is no kernel's as in full fine-tuning; growth: the power that fits best."
+        "2/3 + r(k + m)/(km) over all kernels (k x m, at rank r), with what is no kernel's as in full fine-tuning; growth: the power that "
+        "fits best."
     )
     return suite.Table("A gradient step", [*header, "flops", "limit", "memory"], rows, note)
 
@@ -248,7 +250,7 @@ def trace_table(results: dict[str, Any]) -> suite.Table:
         compiling = [law(by_value, (way["compile"] for way in by)) for by in ways.values()]
         times = [law(by_value, by) for by in medians.values()]
         rows.append([axis, "growth", *times, "", "", *compiling, *counts])
-    header = ["axis", "value", "jlora, s", "full, s", "jlora / full", "middle half"]
+    header = ["axis", "value", "jlora, s", "full, s", "jlora / full", "quartiles"]
     header += ["compile: jlora, s", "compile: full, s", "equations: jlora", "equations: full"]
     return suite.Table("To trace and lower a gradient step", header, rows)
 

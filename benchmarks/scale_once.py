@@ -181,7 +181,8 @@ def size_table(axis: str, by_value: dict[str, Any], size: str, title: str) -> su
     rows.append(["growth", "", "", "", *(law(sizes, by) for by in medians.values())])
     note = (
         f"Medians; growth: the power of {size} that fits best. Beside jlora's: what only copies the base, as merge has to, and what only "
-        "writes the factors, as save has to. save and load also take digests, and save waits for the disk."
+        "writes the factors, as save has to. Bytes written beyond the factors are below zero where orbax compresses more than it adds. "
+        "save and load also take digests, and save waits for the disk."
     )
     header = [axis, "parameters", "factor bytes", "bytes written beyond", *(f"{name}, s" for name in names)]
     return suite.Table(title, header, rows, note)

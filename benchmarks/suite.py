@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import inspect
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,57 @@ def missing(names: Sequence[str]) -> dict[str, str]:
     }
 
 
+# What benchmarks cannot be imported or run without, beside the core packages. Peers that only some rows are of are not here.
+NEEDS = {
+    "quality": ("matplotlib", "rich", "safetensors", "tokenizers", "huggingface_hub"),
+    "export_memory": ("safetensors",),
+}
+
+
+def lacking(name: str) -> str:
+    """Why benchmark ``name`` cannot run here; empty if it can."""
+    gone = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    return f'not installed: {", ".join(gone)}; pip install -e ".[demo]"' if gone else ""
+
+
+def require(name: str) -> None:
+    """Ends the program with the reason if benchmark ``name`` cannot run here."""
+    why = lacking(name)
+    if why:
+        raise SystemExit(f"benchmarks.{name}: {why}")
+
+
+def chosen(names: Sequence[str], only: str) -> list[str]:
+    """Those of ``names`` that contain ``only``, in any case; ends the program if none does."""
+    found = [name for name in names if only.lower() in name.lower()]
+    if not found:
+        raise SystemExit(f"--only {only}: there are only {', '.join(names)}.")
+    return found
+
+
+def file_name(name: str, results: dict[str, Any]) -> str:
+    """Benchmark, chip and date."""
+    chip = results.get("target") or next(iter(results["machine"]["devices"])).replace(" ", "-").lower()
+    return f"{name}-{chip}-{results['date'][:10]}.json"
+
+
+def out_path(text: str) -> Path:
+    """Where results go, before anything is measured: a folder that is there or ends in a slash, and is made then, or a file."""
+    path = Path(text)
+    if text.endswith("/"):
+        path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir() and not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.absolute().parent}")
+    return path
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes JSON beside and then in place."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
 def progress(message: str) -> None:
     """Says on stderr what is being done; over one line in a terminal."""
     end, start = ("", "\r\x1b[K") if sys.stderr.isatty() else ("\n", "")
@@ -107,7 +159,9 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: the claims are checked, the times mean little"
     )
-    parser.add_argument("--out", type=Path, help="write everything that was measured, as JSON")
+    parser.add_argument(
+        "--out", type=out_path, help="write everything that was measured: a JSON file, or a folder for one"
+    )
     options = inspect.signature(module.run).parameters
     if "only" in options:
         parser.add_argument("--only", default="", help="parts whose name contains this")
@@ -115,9 +169,14 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     if args.quick:
         measure.count_only()
     chosen = {"only": args.only} if "only" in options else {}
-    found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
+    try:
+        found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
+    except KeyboardInterrupt:
+        print("\nStopped; nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None
     results = measure.environment() | {"quick": args.quick} | found
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        name = file_name(module.__spec__.name.rpartition(".")[2], results)
+        write(args.out / name if args.out.is_dir() else args.out, results)
     if not report(module, results):
         raise SystemExit(1)

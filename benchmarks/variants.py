@@ -10,6 +10,9 @@ A gradient step of the transformer of ``step.py``, its adapted layers written ou
 * one pass: a backward written out, which reads ``x`` and ``dy`` once for each product (``jax.custom_vjp``);
 * formed: ``x·(W + s·A·B)`` forward and for ``dx``, the sum made anew in the backward, and no gradient of ``W`` ever.
 
+Written out here, all of a layer takes matrices, the base too; jlora's program is that of ``step.py``, whose layers are Flax's. XLA
+schedules the two in different orders, hence the memory.
+
 Then what rounding does where the base is bf16, and single products: either way round, and beside a mere pass over their activations, which
 is what none of them can do without.
 """

@@ -1,7 +1,12 @@
 """The suite of benchmarks as a command: claims that fail are told, results are kept, pages are made of them. Nothing is timed."""
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +77,54 @@ def test_a_base_that_has_no_room_is_named_and_not_made(monkeypatch):
 def test_free_memory_is_what_the_system_says():
     free = measure.free_memory()
     assert free is None or 2**20 < free < 2**50
+
+
+def test_where_results_go_is_checked_before_anything_is_measured(tmp_path, capsys):
+    assert suite.out_path(str(tmp_path)) == tmp_path
+    assert suite.out_path(f"{tmp_path}/new/one/").is_dir()
+    with pytest.raises(SystemExit) as error:
+        suite.main(module(True), ["--out", str(tmp_path / "none" / "x.json")])
+    assert error.value.code == 2
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_a_choice_of_nothing_names_what_there_is():
+    assert suite.chosen(["Llama", "conv net"], "LLA") == ["Llama"]
+    with pytest.raises(SystemExit, match="--only x: there are only Llama, conv net"):
+        suite.chosen(["Llama", "conv net"], "x")
+
+
+def test_what_cannot_run_is_named_and_fails(monkeypatch, capsys):
+    monkeypatch.setitem(suite.NEEDS, "trace", ("json", "no_such_package"))
+    with pytest.raises(SystemExit, match=r"benchmarks.trace: not installed: no_such_package; pip install"):
+        suite.require("trace")
+    with pytest.raises(SystemExit, match="Not run: trace"):
+        command.main(["--quick", "--only", "trace"])
+    assert "not run: trace (not installed: no_such_package" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for the processes")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_all_that_runs(sent, tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "trace", "dispatch", "variants"]
+    with subprocess.Popen(
+        [*command, "--out", f"{tmp_path}/"], cwd=suite.ROOT, stderr=subprocess.PIPE, text=True, bufsize=1
+    ) as parent:
+        parent.stderr.readline()  # a benchmark says what it is at
+        running = children(parent.pid)
+        assert running
+        parent.send_signal(sent)
+        said = parent.communicate(timeout=30)[1]
+    assert parent.returncode == 130
+    assert "Stopped; written: nothing." in said
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+
+
+def children(pid):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            found += [stat.parent.name] if int(parent) == pid else []
+    return found

@@ -141,6 +141,12 @@ def heads(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], count, -1)
 
 
+def attention(call: Call, block: int, x: jax.Array, count: int) -> jax.Array:
+    """Of all positions to all, out of ``count`` heads."""
+    q, k, v = (heads(call(f"{name}_{block}", x), count) for name in "qkv")
+    return call(f"o_{block}", nn.dot_product_attention(q, k, v).reshape(x.shape))
+
+
 def tokens(key: jax.Array, vocab: int, batch: int, length: int, labels: Any = None) -> tuple[jax.Array, jax.Array]:
     """Tokens, and as labels other tokens, or one of ``labels`` classes for each row."""
     one, two = jax.random.split(key)
@@ -173,9 +179,7 @@ def transformer(
 
     def body(call, x):
         for i in range(blocks):
-            h = call(f"norm1_{i}", x)
-            q, k, v = (heads(call(f"{name}_{i}", h), count) for name in "qkv")
-            x = x + call(f"o_{i}", nn.dot_product_attention(q, k, v).reshape(x.shape))
+            x = x + attention(call, i, call(f"norm1_{i}", x), count)
             x = x + call(f"down_{i}", nn.gelu(call(f"up_{i}", call(f"norm2_{i}", x))))
         return call("head", call("norm", x))
 
@@ -273,8 +277,7 @@ def bert(
 
     def body(call, x):
         for i in range(blocks):
-            q, k, v = (heads(call(f"{name}_{i}", x), count) for name in "qkv")
-            x = call(f"norm1_{i}", x + call(f"o_{i}", nn.dot_product_attention(q, k, v).reshape(x.shape)))
+            x = call(f"norm1_{i}", x + attention(call, i, x, count))
             x = call(f"norm2_{i}", x + call(f"down_{i}", nn.gelu(call(f"up_{i}", x), approximate=False)))
         return call("classifier", jnp.tanh(call("pooler", x[:, 0])))
 
@@ -313,9 +316,7 @@ def vit(
 
     def body(call, x):
         for i in range(blocks):
-            h = call(f"norm1_{i}", x)
-            q, k, v = (heads(call(f"{name}_{i}", h), count) for name in "qkv")
-            x = x + call(f"o_{i}", nn.dot_product_attention(q, k, v).reshape(x.shape))
+            x = x + attention(call, i, call(f"norm1_{i}", x), count)
             x = x + call(f"down_{i}", nn.gelu(call(f"up_{i}", call(f"norm2_{i}", x)), approximate=False))
         return call("head", call("norm", x[:, :1])[:, 0])
 

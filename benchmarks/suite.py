@@ -53,7 +53,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The ``p`` for which ``values`` grow most nearly as ``sizes**p``: the slope of a line through their logarithms."""
     from numpy import log, polyfit
 
-    return float(polyfit(log(sizes), log(values), 1)[0])
+    return round(float(polyfit(log(sizes), log(values), 1)[0]), 9) + 0.0  # no -0.0, whose sign is rounding's
 
 
 def missing(names: Sequence[str]) -> dict[str, str]:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora import _jax, _paths
-from jlora._adapters import Adapter, FullWeight
+from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._dtypes import as_float
 from jlora._wrap import check_base, check_lora
 
 
 def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report: bool = False) -> Any:
-    r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the factors' precision; what was trained outright as it is.
+    r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the widest dtype; what was trained outright as it is.
 
     Pure and leaf by leaf; leaves without an adapter are returned as they are. Under ``jax.jit`` with ``donate_argnums=0`` it needs no
     second copy of the base.
@@ -86,18 +86,23 @@ def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Ar
     w = jnp.asarray(leaf)
     dtype = dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
     # What replaces the leaf is stored as it is: w + (value - w) is not the value where w is large.
-    whole = adapter.value if isinstance(adapter, FullWeight) else None
+    whole = jnp.asarray(adapter.value) if isinstance(adapter, FullWeight) else None
     update: Any = adapter.delta(w) if report or whole is None else None
-    stored = _sum(w, update, dtype, keep=report) if whole is None else whole.astype(dtype)
+    # The product of factors is nobody else's; what other kinds of adapters give may be their own array.
+    stored = (
+        _sum(w, update, dtype, ours=isinstance(adapter, LowRank) and not report)
+        if whole is None
+        else whole.astype(dtype)
+    )
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)
     return stored, _lost(stored, w, update, whole) if report else None
 
 
-def _sum(w: jax.Array, update: jax.Array, dtype: Any, keep: bool) -> jax.Array:
-    """``w + update``, added in the wider dtype of the two: one pass, in the update's own memory where that can be."""
-    fits = not keep and update.dtype == dtype and _on_one_device(w) and _on_one_device(update)
+def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool) -> jax.Array:
+    """``w + update``, added in the widest dtype: one pass, in the update's own memory where it is ours and that can be."""
+    fits = ours and update.dtype == dtype and _on_one_device(w) and _on_one_device(update)
     return (_added_in_place if fits else _added)(w, update, dtype=dtype)
 
 
@@ -106,7 +111,7 @@ def _on_one_device(x: jax.Array) -> bool:
 
 
 def _add(w: jax.Array, update: jax.Array, dtype: Any) -> jax.Array:
-    wide = _jax.promote(w.dtype, update.dtype)
+    wide = _jax.promote(w.dtype, update.dtype, dtype)
     return (w.astype(wide) + update.astype(wide)).astype(dtype)
 
 
@@ -116,7 +121,8 @@ _added_in_place = jax.jit(_add, static_argnames="dtype", donate_argnames="update
 
 def _lost(stored: jax.Array, w: jax.Array, update: jax.Array, whole: jax.Array | None) -> jax.Array:
     """The error of a stored leaf, relative to its update."""
-    wide = _jax.promote(w.dtype, update.dtype)
-    off = stored.astype(wide) - (w if whole is None else whole).astype(wide)
-    error, size = jnp.linalg.norm(off - update.astype(wide) if whole is None else off), jnp.linalg.norm(update)
+    wide = _jax.promote(w.dtype, update.dtype, stored.dtype, jnp.float32)
+    stored, w, update = (x.astype(wide) for x in (stored, w, update))
+    off = stored - w - update if whole is None else stored - whole.astype(wide)
+    error, size = jnp.linalg.norm(off), jnp.linalg.norm(update)
     return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0.0)

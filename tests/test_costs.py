@@ -240,7 +240,7 @@ def test_merge_adds_in_the_memory_of_the_update(dtype):
     program = _merge._added_in_place.lower(w, update, dtype=jnp.float32).compile().memory_analysis()
     assert program.temp_size_in_bytes == 0
     assert program.alias_size_in_bytes == update.nbytes
-    stored = _merge._sum(w, update, jnp.float32, keep=False)
+    stored = _merge._sum(w, update, jnp.float32, ours=True)
     assert update.is_deleted()
     assert not w.is_deleted()
     assert (stored == 3.0).all()

@@ -181,21 +181,32 @@ def test_what_was_trained_outright_is_merged_bit_for_bit(base, value):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_merge_reports_what_rounding_lost():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merge_reports_what_rounding_lost(dtype):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    lora = jax.tree.map(lambda x: x + 0.003, init(jlora.LoRA(rank=2), params))
+    lora = jax.tree.map(lambda x: (x + 0.003).astype(dtype), init(jlora.LoRA(rank=2), params))
     merged, lost = jlora.merge(params, lora, report=True)
     wide, none = jlora.merge(params, lora, dtype=jnp.float32, report=True)
     for path, update in jlora.delta(lora).items():
         node = path.split("/")[1]
-        base = np.asarray(params["params"][node]["kernel"], np.float64)
+        base, update = np.asarray(params["params"][node]["kernel"], np.float64), np.asarray(update, np.float64)
         stored = np.asarray(merged["params"][node]["kernel"], np.float64)
         assert float(lost[path]) == pytest.approx(
             np.linalg.norm(stored - base - update) / np.linalg.norm(update), rel=1e-3
         )
         assert 0.01 < float(lost[path]) < 1
         assert float(none[path]) < 1e-5
-        assert wide["params"][node]["kernel"].dtype == jnp.float32
+        kept = wide["params"][node]["kernel"]
+        assert kept.dtype == jnp.float32
+        np.testing.assert_allclose(np.asarray(kept, np.float64), base + update, rtol=1e-6)
+
+
+def test_merging_what_was_trained_outright_in_numpy():
+    params = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}
+    found = jlora.sites(lambda p, x: x @ p["w"] + p["b"][None], params, jnp.ones((2, 3)))
+    lora = jlora.init(jax.random.key(0), params, found, jlora.Full(targets="b"))
+    lora = jax.tree.map(lambda x: np.asarray(x) + 2, lora)
+    assert (jlora.merge(params, lora)["b"] == 2).all()
 
 
 def test_delta_is_the_difference_of_merging():
@@ -252,6 +263,25 @@ def test_a_kind_of_ones_own():
         jlora.wrap(net)(params, {"w": jlora.Adapter()}, x)
     with pytest.raises(TypeError, match="Adapter does not define delta"):
         jlora.Adapter().delta(None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shift(Rows):
+    """Its update is the very array that is trained, here of a bias."""
+
+    def delta(self, w):
+        return self.row
+
+    @property
+    def shape(self):
+        return self.row.shape
+
+
+def test_merging_keeps_the_arrays_of_a_kind_of_ones_own():
+    params, lora = {"b": jnp.ones(5)}, {"b": Shift(jnp.arange(5.0), 1)}
+    for _ in range(2):
+        np.testing.assert_array_equal(jlora.merge(params, lora)["b"], 1 + np.arange(5.0))
 
 
 @pytest.mark.filterwarnings("ignore::numpy.exceptions.ComplexWarning")

@@ -80,6 +80,7 @@ def count(shape: llama_shapes.Shape, names: list[str], length: int) -> dict[str,
                     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(args[0])
                 ]
                 found["adapter bytes"] = sum(local)
+                found["whole adapter bytes"] = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(args[0]))
         results[name] = found
     return results
 
@@ -124,6 +125,13 @@ def claims(results: dict[str, Any]) -> list[suite.Claim]:
         thin = 2 * math.prod(results["tokens"]) * results["rank"] * 4 * 14 * results["shape"]["layers"]
         text = f"{name}: no more bytes than the adapter and its thin activations have"
         found.append(suite.Claim(text, more <= 4 * r["adapter bytes"] + thin, f"{more:,} more"))
+        if name != "data parallel":  # whose base is not split
+            held = r["adapter bytes"] / r["whole adapter bytes"]
+            found.append(
+                suite.Claim(
+                    f"{name}: factors are split as their weights are", held <= 0.75, f"{held:.2f} of them on a chip"
+                )
+            )
     return found
 
 

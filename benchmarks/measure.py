@@ -122,15 +122,13 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def created(fn: Callable[..., Any], args: tuple[Any, ...], shapes: Iterable[tuple[int, ...]]) -> int:
     """How many float arrays of one of ``shapes``, in either order of the axes, the program of ``fn(*args)`` makes.
 
-    Views count, since nothing promises that XLA makes them free. ``stop_gradient`` does not: it is the identity.
+    Views count, since nothing promises that XLA makes them free, and so do constants. ``stop_gradient`` does not: it is the identity.
     """
     wanted = {tuple(sorted(shape)) for shape in shapes}
-    return sum(
-        tuple(sorted(v.aval.shape)) in wanted and jnp.issubdtype(v.aval.dtype, jnp.floating)
-        for eqn in equations(jax.make_jaxpr(fn)(*args))
-        if eqn.primitive.name != "stop_gradient"
-        for v in eqn.outvars
-    )
+    program = jax.make_jaxpr(fn)(*args)
+    made = [v.aval for eqn in equations(program) if eqn.primitive.name != "stop_gradient" for v in eqn.outvars]
+    made += [jax.typeof(x) for x in program.consts]
+    return sum(tuple(sorted(x.shape)) in wanted and jnp.issubdtype(x.dtype, jnp.floating) for x in made)
 
 
 def relative_difference(tree: Any, other: Any) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 import jlora
 from benchmarks import measure, suite
@@ -63,6 +64,10 @@ def nbytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+def _paths_of(tree: Any) -> dict[str, Any]:
+    return flatten_dict(tree, sep="/")
+
+
 def written(folder: Path) -> int:
     """Bytes of the files in ``folder``."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -97,7 +102,12 @@ def measured_size(width: int, rank: int, layers: int, rounds: int, cold_rounds: 
         jlora.save(folder / "adapter", lora)  # for the warm-up of load
         seconds |= measure.in_turns(runs, rounds)
         size = written(folder / "adapter")
+    path, one = next(iter(lora.items()))
+    update = one.scale * np.asarray(one.a) @ np.asarray(one.b)
+    merged = _paths_of(jlora.merge(params, lora))[path]
     return {
+        "merge error": float(np.max(np.abs(merged - _paths_of(params)[path] - update)) / np.max(np.abs(update))),
+        "expected bytes": 4 * rank * sum(sum(x.shape) for x in lora.values()),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "base bytes": nbytes(params),
         "factor bytes": nbytes(lora),
@@ -194,6 +204,7 @@ def claims_of_sizes(results: dict[str, Any]) -> list[suite.Claim]:
     least = min(x["written"] / x["factor bytes"] for x in sizes)
     small, large = results["same adapter"].values()
     apart, larger = abs(large["written"] - small["written"]), large["base bytes"] - small["base bytes"]
+    error = max(x["merge error"] for x in sizes)
     created, memory = max(x["created"] for x in sizes), results["memory of init"]
     used = memory["temporaries"] + memory["results"] - memory["factor bytes"]
     return [
@@ -209,6 +220,12 @@ def claims_of_sizes(results: dict[str, Any]) -> list[suite.Claim]:
             apart <= BESIDE * small["arrays"] < larger / 100,
             f"{apart:,} bytes for a base of {larger:,} bytes more",
         ),
+        suite.Claim(
+            "init makes rank x (k + m) numbers for each k x m kernel",
+            all(x["factor bytes"] == x["expected bytes"] for x in sizes),
+            ", ".join(f"{x['factor bytes']:,}" for x in sizes),
+        ),
+        suite.Claim("merge adds s·A·B", error < 1e-3, f"{error:.1e} of the update"),
         suite.Claim("init makes no array of a base leaf's shape", created == 0, f"{created}"),
         suite.Claim(
             "init takes less memory beyond the factors than one leaf of the base",

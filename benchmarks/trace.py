@@ -26,6 +26,7 @@ import llama
 
 DEPTHS, QUICK = (4, 8, 16, 32), (2, 4, 8)
 RULE = jlora.LoRA(rank=16, targets="all-linear")
+KERNELS = 7  # of a layer, of both models
 TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 
@@ -148,6 +149,14 @@ def claims(results: dict[str, Any]) -> list[suite.Claim]:
         steps = [(b - a) / (n - m) for a, b, m, n in zip(counts, counts[1:], depths, depths[1:], strict=False)]
         text = f"{model}: the program grows by the same for every layer"
         found.append(suite.Claim(text, max(steps) <= 1.01 * min(steps), ", ".join(f"{x:.0f}" for x in steps)))
+        first, last = by_depth[str(depths[0])], by_depth[str(depths[-1])]
+        grown = {
+            way: last[f"forward, {way}"]["equations"] - first[f"forward, {way}"]["equations"]
+            for way in ("plain", "jlora")
+        }
+        more = (grown["jlora"] - grown["plain"]) / (depths[-1] - depths[0]) / KERNELS
+        text = f"{model}: an adapted kernel adds at most 8 equations to the forward pass"
+        found.append(suite.Claim(text, more <= 8, f"{more:.1f}"))
     return found
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_case import base_of, expected
+from peft_case import promotion as promotion
 from peft_models import PORTS
 from safetensors.numpy import load_file, save_file
-from test_peft import base_of, expected
-from test_peft import promotion as promotion
 
 import jlora
 import jlora.export

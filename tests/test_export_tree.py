@@ -12,8 +12,8 @@ import pytest
 from flax.core import FrozenDict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from peft_case import promotion as promotion
 from test_export import LORA, PARAMS, made
-from test_peft import promotion as promotion
 
 import jlora
 import jlora.export

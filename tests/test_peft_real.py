@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_case import FOLDER, base_of, edit, expected
+from peft_case import promotion as promotion
 from peft_models import PORTS, llama
 from safetensors.numpy import load_file as numpy_file
-from test_peft import FOLDER, base_of, edit, expected
-from test_peft import promotion as promotion
 
 import jlora
 import jlora.export

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora._factored import RANK, Branch, Factored
+from jlora._factored import Branch, Factored
+from jlora._labelled import RANK
 
 
 def static(**default: Any) -> Any:

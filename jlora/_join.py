@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Branch, Factored, Labels, arrange
+from jlora._factored import Branch, Factored
+from jlora._labelled import RANK, Labels, arrange
 from jlora._primitives import Dense
 
 Padding = tuple[int, int, int]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._factored import Labels, reshape_groups
+from jlora._labelled import Labels, reshape_groups
 
 Flow = list[Labels]
 Eqn = Any

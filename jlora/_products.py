@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Labels, arrange, contract, extend, mesh_axes
+from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes
 from jlora._primitives import Dense, Eqn, ragged_use
 
 Matrix = Callable[[Any, int], Any]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import RANK, Factored, Labels, extend, scale_part
+from jlora._factored import Factored
 from jlora._join import concatenated, padded, total
+from jlora._labelled import RANK, Labels, extend, scale_part
 from jlora._primitives import VIEWS, Dense, Eqn, gain_axes, is_weight, picked, regrouped, stacked
 
 

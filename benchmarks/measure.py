@@ -137,8 +137,13 @@ def relative_difference(tree: Any, other: Any) -> float:
     return max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in pairs)
 
 
+def load() -> float | None:
+    """Processes that ran or waited to run, on average over the last minute: before anything is measured, those of others."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def environment() -> dict[str, Any]:
-    """Date, machine and versions: what a number means nothing without."""
+    """Date, machine and versions: what a number means nothing without. Starts JAX's devices."""
     packages = [
         name
         for name in ("jax", "jaxlib", "flax", "numpy", "optax", "libtpu", "torch", "peft", "transformers", "qwix")
@@ -151,7 +156,6 @@ def environment() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "system": f"{platform.system()} {platform.machine()}",
             "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
-            "load at start": os.getloadavg() if hasattr(os, "getloadavg") else None,
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         },
         "versions": {"python": platform.python_version()}

@@ -36,8 +36,8 @@ def machine(results: dict[str, Any]) -> str:
     devices = results.get("target") or ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())
     kept = {k: v for k, v in results["versions"].items() if k in ("jax", "flax", "torch", "peft", "qwix", "libtpu")}
     versions = ", ".join(f"{name} {version}" for name, version in kept.items())
-    load = results["machine"].get("load at start")
-    busy = f" (load {load[0]:.1f} before it began)" if load else ""
+    load = results.get("load before")
+    busy = f" (load {load:.1f} before)" if load is not None else ""
     cpu = f"{results['machine']['cores']} cores of {results['machine']['cpu']}{busy}"
     return f"{results['date'][:10]}, {cpu}, device: {devices}; {versions}"
 

@@ -169,12 +169,13 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     if args.quick:
         measure.count_only()
     chosen = {"only": args.only} if "only" in options else {}
+    before = measure.load()
     try:
         found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
     except KeyboardInterrupt:
         print("\nStopped; nothing was written.", file=sys.stderr)
         raise SystemExit(130) from None
-    results = measure.environment() | {"quick": args.quick} | found
+    results = measure.environment() | {"load before": before, "quick": args.quick} | found
     if args.out:
         name = file_name(module.__spec__.name.rpartition(".")[2], results)
         write(args.out / name if args.out.is_dir() else args.out, results)

@@ -64,7 +64,7 @@ class Runs:
             child = subprocess.Popen(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
             self._running.add(child)
             if self._stopped:
-                stop(child)
+                stop([child])
             child.wait()
             self._running.discard(child)
             found = json.loads(out.read_text()) if out.exists() else None
@@ -72,14 +72,23 @@ class Runs:
 
     def stop(self) -> None:
         self._stopped = True
-        for child in list(self._running):
-            stop(child)
+        stop(list(self._running))
 
 
-def stop(child: "subprocess.Popen[bytes]") -> None:
-    """Ends a process and those it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+def stop(children: "list[subprocess.Popen[bytes]]", seconds: float = 5.0) -> None:
+    """Ends processes and those they started: asked first, for some of those are out of reach from here."""
+    send(children, signal.SIGINT)
+    end = time.monotonic() + seconds
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, end - time.monotonic()))
+    send(children, signal.SIGKILL)
+
+
+def send(children: "list[subprocess.Popen[bytes]]", number: signal.Signals) -> None:
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
 
 
 def on_cpu() -> bool:

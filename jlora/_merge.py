@@ -89,11 +89,8 @@ def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Ar
     whole = jnp.asarray(adapter.value) if isinstance(adapter, FullWeight) else None
     update: Any = adapter.delta(w) if report or whole is None else None
     # The product of factors is nobody else's; what other kinds of adapters give may be their own array.
-    stored = (
-        _sum(w, update, dtype, ours=isinstance(adapter, LowRank) and not report)
-        if whole is None
-        else whole.astype(dtype)
-    )
+    ours = isinstance(adapter, LowRank) and not report
+    stored = _sum(w, update, dtype, ours) if whole is None else whole.astype(dtype)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)

@@ -77,7 +77,7 @@ class Runs:
 
 def stop(children: "list[subprocess.Popen[bytes]]", seconds: float = 5.0) -> None:
     """Ends processes and those they started: asked first, for some of those are out of reach from here."""
-    send(children, signal.SIGINT)
+    send(children, signal.SIGTERM)
     end = time.monotonic() + seconds
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     if "gpu" in names and not args.quick and args.only is NAMES and on_cpu():
         names.remove("gpu")
         left["gpu"] = "no accelerator here"
-    results, broken = collected(names, args.quick, args.out)
+    with suite.terminable():
+        results, broken = collected(names, args.quick, args.out)
     names = [name for name in names if name in results]
     failed = [name for name in names if not suite.report(importlib.import_module(f"benchmarks.{name}"), results[name])]
     for name, why in (left | lacking).items():
@@ -126,7 +127,6 @@ def collected(names: list[str], quick: bool, out: Path | None) -> tuple[dict[str
     results: dict[str, Any] = {}
     broken: list[str] = []
     runs = Runs(quick)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Where only counts matter, several at once; where times do, one after another.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1) if quick else 1) as pool:
         # The longest of the quick ones are last in the list: begun first, they do not run on alone at the end.

@@ -10,6 +10,7 @@ counted is the system's own figure of the resident set.
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import suite
@@ -61,10 +62,10 @@ print(peak() - before)
 TITLE = "Peak memory of writing a merged model"
 
 
-def peaks(width: int, leaves: int) -> list[dict]:
+def peaks(ways: Sequence[str], width: int, leaves: int) -> list[dict]:
     """One row for each way."""
     found = []
-    for way in WAYS:
+    for way in ways:
         suite.progress(way)
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", CODE, way, str(width), str(leaves), f"{folder}/model"]
@@ -79,8 +80,10 @@ def rows(result: dict) -> list[list[str]]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Quick, a base of 268 MB."""
-    return {"ways": peaks(*((2048, 16) if quick else (5600, 16)))}
+    """Quick, a base of 268 MB, and only what is claimed."""
+    if quick:
+        return {"ways": peaks([way for way in WAYS if "export" in way], 2048, 16)}
+    return {"ways": peaks(WAYS, 5600, 16)}
 
 
 def tables(result: dict) -> list[suite.Table]:

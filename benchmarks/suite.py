@@ -10,13 +10,15 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import json
 import os
+import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +118,16 @@ def write(path: Path, content: Any) -> None:
     os.replace(beside, path)
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Here a terminating signal is an interrupt, as Ctrl-C is."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def progress(message: str) -> None:
     """Says on stderr what is being done; over one line in a terminal."""
     end, start = ("", "\r\x1b[K") if sys.stderr.isatty() else ("\n", "")
@@ -171,7 +183,8 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     chosen = {"only": args.only} if "only" in options else {}
     before = measure.load()
     try:
-        found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
+        with terminable():
+            found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
     except KeyboardInterrupt:
         print("\nStopped; nothing was written.", file=sys.stderr)
         raise SystemExit(130) from None

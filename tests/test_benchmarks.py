@@ -114,7 +114,7 @@ def test_an_interrupt_stops_all_that_runs(sent, tmp_path):
         running = children(parent.pid)
         assert running
         parent.send_signal(sent)
-        said = parent.communicate(timeout=30)[1]
+        said = parent.communicate(timeout=120)[1]
     assert parent.returncode == 130
     assert "Stopped; written: nothing." in said
     assert "Traceback" not in said

@@ -50,16 +50,7 @@ class Runs:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "results.json"
-            command = [
-                sys.executable,
-                "-m",
-                f"benchmarks.{name}",
-                "--out",
-                str(out),
-                *(["--quick"] if self.quick else []),
-            ]
-            if self._stopped:
-                return None, 0.0
+            command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(out), *["--quick"][: self.quick]]
             # Of its output only progress and errors are shown: tables come at the end. Ctrl-C reaches this process alone.
             child = subprocess.Popen(command, cwd=suite.ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
             self._running.add(child)
@@ -154,10 +145,11 @@ def write(out: Path | None, results: dict[str, Any]) -> None:
     """Writes what there is so far."""
     if out is None:
         return
-    for path, content in (
-        {out / suite.file_name(n, r): r for n, r in results.items()} if out.is_dir() else {out: results}
-    ).items():
-        suite.write(path, content)
+    if not out.is_dir():
+        suite.write(out, results)
+        return
+    for name, found in results.items():
+        suite.write(out / suite.file_name(name, found), found)
 
 
 if __name__ == "__main__":

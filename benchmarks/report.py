@@ -106,7 +106,7 @@ INTRODUCTION = """# Benchmarks
 
 Every figure is from one run of one script in [`benchmarks/`](../benchmarks), with its raw samples in
 [`benchmarks/results/`](../benchmarks/results); times are medians of interleaved runs, meant as ratios. `python -m benchmarks` measures
-all, in about an hour and a half on two cores; `--quick` checks in two minutes, on small sizes and fewer models, what README and these pages
+all, in an hour or two on two cores; `--quick` checks in two minutes, on small sizes and fewer models, what README and these pages
 claim in counts; `python -m benchmarks.report` writes this page. `pip install -e ".[demo]" -r benchmarks/requirements.txt` brings what they
 run on and compare with; what is missing is named. `quality` fetches a model and reviews. Of the benchmark for GPUs there are no
 results yet.

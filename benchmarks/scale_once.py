@@ -45,10 +45,6 @@ def abstract(depth: int, width: int, vocab: int = 1000) -> tuple[llama.Llama, ja
     return model, tokens, jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
-def base_bytes(depth: int, width: int) -> int:
-    return sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(abstract(depth, width)[2]))
-
-
 def base(depth: int, width: int, vocab: int = 1000) -> tuple[Any, jlora.Sites]:
     """A Llama's parameters, and where they are used."""
     model, tokens, shapes = abstract(depth, width, vocab)
@@ -61,11 +57,7 @@ def adapter(params: Any, sites: jlora.Sites, rank: int, seed: Any = 1) -> dict[s
 
 
 def nbytes(tree: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def _paths_of(tree: Any) -> dict[str, Any]:
-    return flatten_dict(tree, sep="/")
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def written(folder: Path) -> int:
@@ -104,9 +96,9 @@ def measured_size(width: int, rank: int, layers: int, rounds: int, cold_rounds: 
         size = written(folder / "adapter")
     path, one = next(iter(lora.items()))
     update = one.scale * np.asarray(one.a) @ np.asarray(one.b)
-    merged = _paths_of(jlora.merge(params, lora))[path]
+    before, merged = (flatten_dict(tree, sep="/")[path] for tree in (params, jlora.merge(params, {path: one})))
     return {
-        "merge error": float(np.max(np.abs(merged - _paths_of(params)[path] - update)) / np.max(np.abs(update))),
+        "merge error": float(np.max(np.abs(merged - before - update)) / np.max(np.abs(update))),
         "expected bytes": 4 * rank * sum(sum(x.shape) for x in lora.values()),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "base bytes": nbytes(params),
@@ -129,7 +121,7 @@ def sizes_of(
     """By width of the base at the first of the ranks, and by rank at the second of the widths; and the widths that have no room here."""
     seen, missing = {}, {}
     for width in widths:
-        needed, free = TIMES_THE_BASE * base_bytes(layers, width), measure.free_memory()
+        needed, free = TIMES_THE_BASE * nbytes(abstract(layers, width)[2]), measure.free_memory()
         if free is not None and needed > free:
             missing[f"width {width}"] = f"takes {needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} are free"
     by_width = [(w, ranks[0]) for w in widths if f"width {w}" not in missing]

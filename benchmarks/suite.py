@@ -180,11 +180,11 @@ def main(module: Any, argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.quick:
         measure.count_only()
-    chosen = {"only": args.only} if "only" in options else {}
+    parts = {"only": args.only} if "only" in options else {}
     before = measure.load()
     try:
         with terminable():
-            found = module.run(args.quick, **chosen)  # first: a benchmark may say how many devices the CPU is to have
+            found = module.run(args.quick, **parts)  # first: a benchmark may say how many devices the CPU is to have
     except KeyboardInterrupt:
         print("\nStopped; nothing was written.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -8,7 +8,6 @@ import numpy as np
 from cases import BY_NAME
 
 import jlora
-import jlora.peft
 
 NAMES = [
     "dense",

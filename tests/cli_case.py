@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 import jlora
-import jlora.export
-import jlora.peft
 
 pytest.importorskip("typer", reason='the command line needs pip install "jlora[cli]"')
 

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from scipy.linalg import subspace_angles
 
 import jlora
-import jlora.peft
 from jlora import algebra
 
 

@@ -8,7 +8,6 @@ from algebra_case import NAMES, assert_all_can_train, at_once, close, dense, gra
 from cases import BY_NAME
 
 import jlora
-import jlora.peft
 from jlora import algebra
 
 

@@ -11,7 +11,6 @@ from algebra_case import NAMES, TOL, assert_all_can_train, at_once, close, dense
 from cases import BY_NAME
 
 import jlora
-import jlora.peft
 from jlora import algebra
 
 

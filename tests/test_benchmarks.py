@@ -71,7 +71,7 @@ def test_a_base_that_has_no_room_is_named_and_not_made(monkeypatch):
     found, missing = scale_once.sizes_of((128, 256, 4096), (4,), layers=1, rounds=1, cold_rounds=1)
     assert list(found["width"]) == ["128", "256"]
     assert missing == {"width 4096": "takes 2.1 GB of memory, of which 1.0 are free"}
-    assert scale_once.base_bytes(1, 128) == found["width"]["128"]["base bytes"]
+    assert scale_once.nbytes(scale_once.abstract(1, 128)[2]) == found["width"]["128"]["base bytes"]
 
 
 def test_free_memory_is_what_the_system_says():

@@ -15,7 +15,6 @@ from peft_models import PORTS
 from safetensors.numpy import load_file
 
 import jlora
-import jlora.export
 import jlora.peft
 from jlora.peft import Weight
 

@@ -10,7 +10,6 @@ from cli_case import DOWN, MIX, PARAMS, PEFT, SITES, UP, call, called, same_upda
 from safetensors.numpy import load_file, save_file
 
 import jlora
-import jlora.export
 import jlora.peft
 from jlora import algebra
 

@@ -9,7 +9,6 @@ from cli_case import DOWN, MIX, NAMES, PARAMS, PEFT, UP, base_of, call, called, 
 from safetensors.numpy import load_file, save_file
 
 import jlora
-import jlora.export
 import jlora.peft
 
 

@@ -10,8 +10,6 @@ from cli_case import CONV1D, MIX, PARAMS, PEFT, UP, base_of, call, called, check
 from safetensors.numpy import load_file, save_file
 
 import jlora
-import jlora.export
-import jlora.peft
 
 
 def test_extracting_and_merging_gives_the_tuned_model(here):

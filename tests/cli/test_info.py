@@ -11,7 +11,6 @@ from cli_case import DOWN, MIX, PEFT, SITES, UP, call, called, trained
 from peft_models import PORTS
 
 import jlora
-import jlora.export
 import jlora.peft
 
 

@@ -11,8 +11,6 @@ from cli_case import DOWN, MIX, PARAMS, PEFT, UP, base_of, call, called, checkpo
 from safetensors.numpy import load_file, save_file
 
 import jlora
-import jlora.export
-import jlora.peft
 from jlora import _cli_show, algebra
 from jlora._advice import Advised
 

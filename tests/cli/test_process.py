@@ -19,8 +19,6 @@ from cli_case import MIX, PEFT, ROOT, base_of, call, commands, trained
 from safetensors.numpy import load_file, save_file
 
 import jlora
-import jlora.export
-import jlora.peft
 from jlora import _cli_show, _files, cli
 
 

@@ -12,7 +12,19 @@ import numpy as np
 from jax import lax
 
 from jlora import _jax
-from jlora._primitives import JOINS, USES, VIEWS, gain_axes, is_empty, is_weight, picked
+from jlora._primitives import (
+    JOINS,
+    USES,
+    VIEWS,
+    gain_axes,
+    is_empty,
+    is_lazy,
+    is_mixed,
+    is_small,
+    is_weight,
+    meeting,
+    picked,
+)
 
 Axes = frozenset[int]
 NONE: Axes = frozenset()
@@ -27,13 +39,23 @@ class SiteUse(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A view of a leaf: for each axis of the value the axes of the leaf it runs along, and those along which slices were picked."""
+    """A view of a leaf.
+
+    Attributes:
+        path: Of the leaf.
+        axes: For each axis of the value the axes of the leaf it runs along.
+        shape: Of the value.
+        picked: Axes of the leaf along which slices were picked.
+        rows: Those picked last, or that a constant was multiplied along: if nothing multiplies the rest, the value was activations.
+        kind: The kind of use it was then.
+    """
 
     path: str
     axes: tuple[Axes, ...]
     shape: tuple[int, ...]
     picked: Axes = NONE
-    rows: Axes = NONE  # those picked last: if nothing multiplies the rest, they were rows of a table
+    rows: Axes = NONE
+    kind: str = "lookup"
 
 
 class Source(NamedTuple):
@@ -128,9 +150,18 @@ class Finder:
 
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
-        name, position = eqn.primitive.name, positions[-1]
-        for i in positions[:-1]:
-            self.dense(values[i], f"{name} with another weight")
+        name = eqn.primitive.name
+        if len(positions) > 1:
+            lazy = [i for i in positions if all(seen.rows or _is_vector(seen) for seen in values[i].views)]
+            if not lazy and name == "dot_general" and not any(is_small(eqn, i) for i in positions):
+                return self.mix(eqn, values, positions)
+            others = lazy[: len(positions) - 1] or positions[:-1]
+            for i in others:
+                self.dense(values[i], f"{name} with another weight")
+            positions = [i for i in positions if i not in others]
+        (position,) = positions
+        if is_mixed(eqn, position, self.data):
+            return self.mix(eqn, values, positions)
         use = USES[name](eqn, position)
         if use is None:
             self.dense(values[position], name)
@@ -145,6 +176,25 @@ class Finder:
         self.fed |= _reach([v for i, v in enumerate(values) if i != position])
         paths = tuple(sorted({seen.path for seen in values[position].views}))
         return [Value((), frozenset([Source(paths, lookup=False)]))]
+
+    def mix(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
+        """A product of a weight with a constant, or of two weights: a weight still, if something else multiplies it."""
+        views, shape = [], eqn.outvars[0].aval.shape
+        for i in positions:
+            met = meeting(eqn, i)
+            for seen in values[i].views:
+                self.merge(seen, met.summed, eqn)
+                inputs, batch = (union(seen.axes[d] for d in group) for group in (met.summed, met.batch))
+                if is_small(eqn, i):
+                    self.record(seen, "dot_general", "linear", inputs, (batch | seen.picked) - inputs)
+                axes = tuple(seen.axes[d] if d >= 0 else inputs for d in met.out)
+                new = seen._replace(axes=axes, shape=shape)
+                views.append(new._replace(rows=inputs, kind="linear") if is_lazy(eqn, i) and not seen.rows else new)
+        self.fed |= _reach([v for i, v in enumerate(values) if i not in positions])
+        reach = _reach([values[i] for i in positions])
+        if paths := tuple(sorted({seen.path for seen in views if seen.rows})):
+            reach |= {Source(paths, lookup=False)}
+        return [Value(tuple(dict.fromkeys(views)), reach)]
 
     def join(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value] | None:
         """One weight made of several, or ``None`` where data is among them."""
@@ -174,7 +224,8 @@ class Finder:
         rows = [(seen, took) for seen, took in made if took]
         if rows:
             for seen, took in rows:
-                self.record(seen, eqn.primitive.name, "lookup", took, seen.picked - took)
+                seen = _looked_up(seen, took)
+                self.record(seen, eqn.primitive.name, seen.kind, seen.rows, seen.picked - seen.rows)
             return [Value((), reach | {Source(tuple(sorted({seen.path for seen, _ in rows})), lookup=True)})]
         return [
             Value(tuple(dict.fromkeys(new._replace(shape=v.aval.shape) for new, _ in made)), reach) for v in eqn.outvars
@@ -200,11 +251,14 @@ class Finder:
             if new and not _jax.among(eqn.invars[1], self.data):
                 # An index that no argument decides puts slices in another order: a weight still, if something multiplies it.
                 axes = tuple(took if j in new else group for j, group in enumerate(axes))
-                return seen._replace(axes=axes, rows=seen.rows if len(rest - took) > 1 else took), NONE
+                seen = seen._replace(axes=axes)
+                return seen if len(rest - took) > 1 else _looked_up(seen, took), NONE
             if len(rest - took) < 2:  # what is left is no matrix
                 return seen, took
-        rows = took if took and (name == "gather" or len(rest - took) < 2) else seen.rows
-        return seen._replace(axes=axes, picked=seen.picked | took, rows=rows), NONE
+        seen = seen._replace(axes=axes, picked=seen.picked | took)
+        if took and (name == "gather" or len(rest - took) < 2):
+            seen = _looked_up(seen, took)
+        return seen, NONE
 
     def merge(self, seen: Seen, axes: Sequence[int], eqn: Any) -> None:
         """Notes that the leaf's axes under ``axes`` must all be inputs or all be outputs."""
@@ -235,7 +289,7 @@ class Finder:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
         for seen in value.views:
             if seen.rows:
-                self.record(seen, operation, "lookup", seen.rows, seen.picked - seen.rows)
+                self.record(seen, operation, seen.kind, seen.rows, seen.picked - seen.rows)
             else:
                 self.record(seen, operation, "dense", NONE, NONE)
 
@@ -345,6 +399,15 @@ _BODIES: dict[str, Callable[[Finder, Any, list[Value]], list[Value]]] = {
 def _parted(axes: tuple[Axes, ...], chosen: Sequence[int]) -> tuple[list[Axes], list[Axes]]:
     """Axes in ``chosen``, and the others."""
     return [axes[d] for d in chosen], [group for d, group in enumerate(axes) if d not in chosen]
+
+
+def _is_vector(seen: Seen) -> bool:
+    return sum(n > 1 for n in seen.shape) < 2
+
+
+def _looked_up(seen: Seen, rows: Axes) -> Seen:
+    """The view as rows of a table, unless it was a product with a constant: rows of activations are activations."""
+    return seen if seen.rows and seen.kind == "linear" else seen._replace(rows=rows, kind="lookup")
 
 
 def _slice(seen: Seen) -> Seen:

@@ -42,7 +42,8 @@ class Factored:
         parts: ``(a, b)``, and after them the dropout keys of the batch axes, if any: an array whose labels have no ``RANK``.
         labels: For each part, the label of each of its axes.
         branch: Static facts of the adapted leaf.
-        picked: Which factor, 0 or 1, rows were picked of by an index: if nothing multiplies the value, they are rows of a table.
+        picked: Which factor, 0 or 1, rows were picked of by an index, or a constant multiplied: if nothing multiplies the value, it is
+            activations, such as rows of a table. ``None`` for what is nothing but a weight.
         scale: Of the update; it goes into a factor where a product needs it, so that of stacked layers only one slice is scaled at a time.
     """
 
@@ -104,11 +105,11 @@ class Factored:
 
     @property
     def row(self) -> int | None:
-        """The factor that rows were picked of, if any, or that has come down to its rank axis: the value is thin in itself."""
+        """The factor that makes the value activations, if any: ``picked``, or one that has come down to its rank axis."""
         return next((i for i in (0, 1) if self.labels[i] == (RANK,)), self.picked)
 
     def rows(self, picked: int, use: int) -> jax.Array:
-        """The value as activations, rows of a table that were picked along the axes of factor ``picked``.
+        """The value as activations, such as rows of a table that were picked along the axes of factor ``picked``.
 
         Made in the dtype the model computes in; dropout of the adapter branch acts on the factor that was picked.
         """

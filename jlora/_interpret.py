@@ -17,7 +17,8 @@ from jax import lax
 
 from jlora import _jax
 from jlora._factored import Factored
-from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty
+from jlora._mix import by_constant, by_weight
+from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty, is_mixed
 from jlora._products import Matrix, conv_general_dilated, dot_general, ragged_dot_general
 from jlora._views import join, view
 
@@ -44,11 +45,13 @@ class Interpreter:
 
     Args:
         data: Variables of the program that depend on the call's arguments.
+        plain: By identity, what to evaluate for an equation that no weight enters; else the equation itself.
         allow_dense: Form a weight where an operation cannot keep it factored, instead of raising.
     """
 
-    def __init__(self, data: frozenset[Any], allow_dense: bool = False):
+    def __init__(self, data: frozenset[Any], plain: dict[int, Eqn], allow_dense: bool = False):
         self.data = data
+        self.plain = plain
         self.allow_dense = allow_dense
         self.within: list[Eqn] = []  # the equation at hand and those around it
         self.used: dict[str, int] = {}  # uses so far of each adapted leaf: each has a dropout mask of its own
@@ -98,17 +101,20 @@ class Interpreter:
         """Evaluates one equation."""
         positions = [i for i, v in enumerate(values) if isinstance(v, Factored)]
         if not positions:
-            return _jax.bind(eqn, values)
+            return _jax.bind(self.plain.get(id(eqn), eqn), values)
         name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
         if is_empty(eqn):
             return _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
-        if name in USES:  # where two leaves meet, the one on the right is the weight: the other may be rows of a table
-            values = [self.rows(v) if i in positions[:-1] else v for i, v in enumerate(values)]
-            positions = [i for i in positions if isinstance(values[i], Factored)]
         reason = ""
         try:
+            if name in USES:
+                values, positions = self.parted(values, positions)
+                if name == "dot_general" and len(positions) == 2:
+                    return by_weight(eqn, *values)
+                if is_mixed(eqn, positions[-1], self.data):
+                    return by_constant(eqn, positions[-1], values)
             if name in JOINS:
                 # Rows of a table that meet data are activations; those that meet other weights may be a weight in another order.
                 if any(_jax.among(v, self.data) for i, v in enumerate(eqn.invars) if i not in positions):
@@ -168,6 +174,13 @@ class Interpreter:
         if axes not in views:
             views[axes] = x.reshape(prod(x.shape[:axes]), *x.shape[axes:])
         return views[axes]
+
+    def parted(self, values: list[Any], positions: list[int]) -> tuple[list[Any], list[int]]:
+        """Where two weights meet, one that may also be activations is; of two, the left one, as in ``x @ w``."""
+        if len(positions) > 1:
+            lazy = [i for i in positions if values[i].row is not None]
+            values = [self.rows(v) if i in lazy[: len(positions) - 1] else v for i, v in enumerate(values)]
+        return values, [i for i in positions if isinstance(values[i], Factored)]
 
     def count(self, path: str) -> int:
         """The number of this use of a leaf."""

@@ -165,6 +165,48 @@ def bodies(eqn: Eqn, marked: Sequence[bool]) -> list[tuple[Program, list[bool]]]
     return []
 
 
+def copy_of(jaxpr: Jaxpr, plain: dict[int, Eqn]) -> Jaxpr:
+    """``jaxpr`` with variables of its own; ``plain`` gets the equation that each new one stands for."""
+    new: dict[Var, Var] = {}
+
+    def fresh(atom: Any) -> Any:
+        if is_literal(atom) or isinstance(atom, core.DropVar):
+            return atom
+        return new.setdefault(atom, core.Var(atom.aval))
+
+    constvars, invars = [fresh(v) for v in jaxpr.constvars], [fresh(v) for v in jaxpr.invars]
+    eqns = []
+    for eqn in jaxpr.eqns:
+        eqns.append(eqn.replace(invars=[fresh(v) for v in eqn.invars], outvars=[fresh(v) for v in eqn.outvars]))
+        plain[id(eqns[-1])] = plain.get(id(eqn), eqn)
+    consts = {"consts": jaxpr.consts} if getattr(jaxpr, "consts", ()) else {}  # part of it since 0.12
+    return jaxpr.replace(
+        constvars=constvars, invars=invars, outvars=[fresh(v) for v in jaxpr.outvars], eqns=eqns, **consts
+    )
+
+
+def with_bodies(eqn: Eqn, jaxprs: Sequence[Jaxpr], plain: dict[int, Eqn]) -> Eqn:
+    """``eqn`` with ``jaxprs`` in place of its programs, in the order of ``bodies``; itself where they are the same.
+
+    ``plain`` gets the equation that a new one stands for.
+    """
+    old = [body.jaxpr for body, _ in bodies(eqn, [False] * len(eqn.invars))]
+    if all(a is b for a, b in zip(old, jaxprs, strict=True)):
+        return eqn
+    rest = iter(jaxprs)
+
+    def put(value: Any) -> Any:
+        inner = getattr(value, "jaxpr", value)
+        return next(rest) if inner is value else value.replace(jaxpr=next(rest))
+
+    keys = {"while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}.get(eqn.primitive.name)
+    keys = keys or (("jaxpr",) if "jaxpr" in eqn.params else ("call_jaxpr",))
+    changed = {k: tuple(map(put, v)) if isinstance(v := eqn.params[k], tuple) else put(v) for k in keys}
+    new = eqn.replace(params={**eqn.params, **changed})
+    plain[id(new)] = plain.get(id(eqn), eqn)
+    return new
+
+
 def remat(eqn: Eqn) -> dict[str, Any]:
     """The arguments ``jax.checkpoint`` was called with."""
     return {"prevent_cse": eqn.params["prevent_cse"], "policy": eqn.params["policy"]}

@@ -128,7 +128,7 @@ def _value(w: jax.Array, parts: Sequence[jax.Array], labels: Sequence[Labels], t
         (*parts, *keys),
         (*labels, *(() for _ in keys)),
         Branch(name, terms[0].branch.dropout),
-        next((f.picked for f in terms if f.picked is not None), None),
+        terms[0].picked if all(f.picked is not None for f in terms) else None,
     )
     return value.map_parts(w, lambda part, ls: (part, ls))
 

@@ -6,12 +6,14 @@ needs the weight dense. Evaluation is in ``_views`` and ``_products``; primitive
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from jlora._labelled import Labels, reshape_groups
+from jlora import _jax
+from jlora._labelled import RANK, Labels, reshape_groups
 
 Flow = list[Labels]
 Eqn = Any
@@ -176,8 +178,71 @@ def gain_axes(eqn: Eqn, position: int, shape: Sequence[int]) -> Labels | None:
 
 
 def _dot_use(eqn: Eqn, position: int) -> Use | None:
+    met = meeting(eqn, position)
+    return Use("linear", met.summed, met.batch)
+
+
+class Meeting(NamedTuple):
+    """How the two operands of a ``dot_general`` meet, in labels of one of them.
+
+    Attributes:
+        summed: Its axes that are summed over.
+        batch: Its axes that are matched with axes of the other.
+        other: For each axis of the other operand the axis it meets, or a label below ``RANK`` if it is free.
+        out: For each axis of the result the axis it runs along, or the label of the other's.
+    """
+
+    summed: Labels
+    batch: Labels
+    other: Labels
+    out: Labels
+
+
+def meeting(eqn: Eqn, position: int) -> Meeting:
+    """How the operand at ``position`` of a ``dot_general`` meets the other one."""
     contracted, batch = eqn.params["dimension_numbers"]
-    return Use("linear", tuple(contracted[position]), tuple(batch[position]))
+    summed, matched = tuple(contracted[position]), tuple(batch[position])
+    met = dict(zip((*contracted[1 - position], *batch[1 - position]), (*summed, *matched), strict=True))
+    other = tuple(met.get(i, RANK - 1 - i) for i in range(eqn.invars[1 - position].aval.ndim))
+    mine = [d for d in range(eqn.invars[position].aval.ndim) if d not in met.values()]
+    free = [d for d in other if d < RANK]
+    return Meeting(summed, matched, other, (*matched, *(mine + free if position == 0 else free + mine)))
+
+
+def is_mixed(eqn: Eqn, position: int, data: frozenset[Any]) -> bool:
+    """Whether a product is a view: a constant multiplies the weight at ``position``, which may meet data later.
+
+    A function without arguments has closed over its data, which look like constants. What sums several axes up into fewer numbers, such
+    as the product of a weight with a fixed direction, is a use of the weight.
+    """
+    if eqn.primitive.name != "dot_general" or not data or _jax.among(eqn.invars[1 - position], data):
+        return False
+    shape = eqn.invars[position].aval.shape
+    return sum(shape[d] > 1 for d in meeting(eqn, position).summed) < 2 or not is_small(eqn, position)
+
+
+def is_lazy(eqn: Eqn, position: int) -> bool:
+    """Whether the product of a weight with a constant may also be activations, where something needs it as an array.
+
+    A constant with as many rows as it sums over (a rotation) leaves a weight what it is. Any other may just as well be an input that
+    the function closed over, or a query that it learned.
+    """
+    return _rows(eqn, position) != _sums(eqn, position)
+
+
+def is_small(eqn: Eqn, position: int) -> bool:
+    """Whether the constant that a weight meets has fewer rows than it sums over: then this product is the weight's use."""
+    return _rows(eqn, position) < _sums(eqn, position)
+
+
+def _rows(eqn: Eqn, position: int) -> int:
+    shape, labels = eqn.invars[1 - position].aval.shape, meeting(eqn, position).other
+    return prod(n for n, d in zip(shape, labels, strict=True) if d < RANK)
+
+
+def _sums(eqn: Eqn, position: int) -> int:
+    shape = eqn.invars[position].aval.shape
+    return prod(shape[d] for d in meeting(eqn, position).summed)
 
 
 def _conv_use(eqn: Eqn, position: int) -> Use | None:

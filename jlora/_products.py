@@ -9,7 +9,7 @@ from jax import lax
 
 from jlora import _jax
 from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes
-from jlora._primitives import Dense, Eqn, ragged_use
+from jlora._primitives import Dense, Eqn, meeting, ragged_use
 
 Matrix = Callable[[Any, int], Any]
 """Of activations and a number: those with that many first axes made one."""
@@ -18,15 +18,9 @@ Matrix = Callable[[Any, int], Any]
 def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int, matrix: Matrix) -> list[Any]:
     r"""``x·W + (x·a)·b`` for any ``dot_general``: an axis of ``x`` takes the label of the axis of ``W`` it meets."""
     f, x = values[position], values[1 - position]
-    contracted, batch = eqn.params["dimension_numbers"]
     (y,) = _jax.bind(eqn, [f.w, x] if position == 0 else [x, f.w])
-    met = dict(
-        zip((*contracted[1 - position], *batch[1 - position]), (*contracted[position], *batch[position]), strict=True)
-    )
-    x_labels = tuple(met.get(i, RANK - 1 - i) for i in range(x.ndim))
-    x_free = [d for i, d in enumerate(x_labels) if i not in met]
-    w_free = [d for d in range(len(f.shape)) if d not in met.values()]
-    out = (*batch[position], *(w_free + x_free if position == 0 else x_free + w_free))
+    _, _, x_labels, out = meeting(eqn, position)
+    x_free = [d for d in x_labels if d < RANK]
     # The result decides: an axis that is summed over has no place in what the thin product leaves.
     specs = mesh_axes((x, ()), (y, out))
     shape = y.shape

@@ -19,6 +19,8 @@ class Call(NamedTuple):
         arrays: The array arguments.
         out_tree: Structure of what ``fn`` returned.
         data: Variables whose values depend on the array arguments; the others are made of parameters and constants.
+        plain: By identity, equations of ``program`` that jlora wrote anew, as the function's own trace has them. Where no weight enters
+            one, that is what to evaluate: JAX has compiled it before.
     """
 
     program: _jax.Program
@@ -27,6 +29,7 @@ class Call(NamedTuple):
     arrays: list[Any]
     out_tree: Any
     data: frozenset[_jax.Var]
+    plain: dict[int, _jax.Eqn]
 
 
 def check_function(fn: Any, call: str) -> None:
@@ -85,20 +88,42 @@ def trace_call(
         return out
 
     program = _jax.trace(flat_fn, (leaves, arrays))
-    data: set[_jax.Var] = set()
-    _follow(program, [False] * len(leaves) + [True] * len(arrays), data)
-    return Call(program, paths, leaves, arrays, out_tree, frozenset(data))
+    follower = _Follower()
+    jaxpr = follower.follow(program.jaxpr, [False] * len(leaves) + [True] * len(arrays))
+    program = _jax.Program(jaxpr, program.consts)
+    return Call(program, paths, leaves, arrays, out_tree, frozenset(follower.data), follower.plain)
 
 
-def _follow(program: _jax.Program, inputs: Sequence[bool], data: set[_jax.Var]) -> None:
-    """Adds to ``data`` every variable of ``program``, and of the programs inside it, that depends on an input marked in ``inputs``."""
-    jaxpr = program.jaxpr
-    data.update(v for v, marked in zip(jaxpr.invars, inputs, strict=True) if marked)
-    for eqn in jaxpr.eqns:
-        marked = [_jax.among(v, data) for v in eqn.invars]
-        outs = [any(marked)] * len(eqn.outvars)
-        for body, args in _jax.bodies(eqn, marked):
-            _follow(body, args, data)
-            if eqn.primitive.name in _jax.CALLS:
-                outs = [_jax.among(v, data) for v in body.jaxpr.outvars]
-        data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)
+class _Follower:
+    """Marks every variable of a program, and of the programs inside it, that depends on what is marked.
+
+    JAX traces a jitted function once for all calls with equal shapes. Where such calls differ in which arguments are data, each kind of
+    call gets a body of its own, or what is data in one would be data in all.
+    """
+
+    def __init__(self) -> None:
+        self.data: set[_jax.Var] = set()
+        self.plain: dict[int, _jax.Eqn] = {}  # by identity: equations that were written anew, as they stood
+        self.made: dict[int, tuple[_jax.Jaxpr, dict[tuple[bool, ...], _jax.Jaxpr]]] = {}
+
+    def follow(self, jaxpr: _jax.Jaxpr, inputs: Sequence[bool]) -> _jax.Jaxpr:
+        """``jaxpr`` where the inputs marked in ``inputs`` are data."""
+        _, known = self.made.setdefault(id(jaxpr), (jaxpr, {}))
+        marks = tuple(inputs)
+        if marks not in known:
+            known[marks] = self.step_through(_jax.copy_of(jaxpr, self.plain) if known else jaxpr, marks)
+        return known[marks]
+
+    def step_through(self, jaxpr: _jax.Jaxpr, inputs: Sequence[bool]) -> _jax.Jaxpr:
+        data = self.data
+        data.update(v for v, marked in zip(jaxpr.invars, inputs, strict=True) if marked)
+        eqns = []
+        for eqn in jaxpr.eqns:
+            marked = [_jax.among(v, data) for v in eqn.invars]
+            outs = [any(marked)] * len(eqn.outvars)
+            bodies = [self.follow(body.jaxpr, args) for body, args in _jax.bodies(eqn, marked)]
+            if bodies and eqn.primitive.name in _jax.CALLS:
+                outs = [_jax.among(v, data) for v in bodies[0].outvars]
+            data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)
+            eqns.append(_jax.with_bodies(eqn, bodies, self.plain))
+        return jaxpr if all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True)) else jaxpr.replace(eqns=eqns)

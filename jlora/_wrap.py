@@ -79,7 +79,7 @@ def wrap(
             _enter(lora[path], leaf, path, dropout_key) if path in lora else leaf
             for path, leaf in zip(call.paths, leaves, strict=True)
         ]
-        interpreter = Interpreter(call.data, allow_dense=dense == "allow")
+        interpreter = Interpreter(call.data, call.plain, allow_dense=dense == "allow")
         outs = interpreter.run(call.program, [*entered, *call.arrays])
         outs = [interpreter.dense(out, RETURNED) for out in outs]
         return jax.tree_util.tree_unflatten(call.out_tree, outs)

@@ -1,4 +1,4 @@
-"""What a row of the table of cases is. The rows are in ``cases`` and ``cases_joined``.
+"""What a row of the table of cases is. The rows are in ``cases``, ``cases_joined`` and ``cases_constant``.
 
 Sizes are distinct primes, so that a shape names its axes. A row's ``expect`` gives, for each path that can be adapted, its input,
 output and batch axes.

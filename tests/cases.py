@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import cases_constant  # noqa: F401  adds its rows
 import equinox as eqx
 import flax.linen as nn
 import jax

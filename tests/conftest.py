@@ -9,7 +9,15 @@ import jax
 import pytest
 
 # Not tests: collected for doctests, they would be imported a second time, and add their rows to the table again.
-collect_ignore = ["case.py", "cases.py", "cases_joined.py", "measure.py", "make_peft_fixtures.py", "peft_models.py"]
+collect_ignore = [
+    "case.py",
+    "cases.py",
+    "cases_joined.py",
+    "cases_constant.py",
+    "measure.py",
+    "make_peft_fixtures.py",
+    "peft_models.py",
+]
 
 
 @pytest.fixture(autouse=True)

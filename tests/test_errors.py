@@ -392,7 +392,9 @@ def windows(w):
 GOES_DENSE = {
     "square of the weight": (lambda p, x: x @ p["w"] + (p["w"] ** 2).sum(), "(integer_pow|square)"),
     "full-size mask": (lambda p, x: x @ (p["w"] * jnp.tri(3, 5)), "mul"),
-    "product of weights": (lambda p, x: x @ p["w"] @ (p["w"].T @ p["w"]), "dot_general"),
+    "changed after a rotation": (lambda p, x: x @ jnp.sin(jnp.eye(3) @ p["w"]), "sin"),
+    "changed after a product of weights": (lambda p, x: x @ jnp.sin(0.01 * (p["w"] @ p["w"].T) @ p["w"]), "sin"),
+    "mixed at once": (lambda p, x: (x @ p["w"]) @ jnp.einsum("ndm,dm->n", jnp.ones((15, 3, 5)), p["w"])[:5], "at once"),
     "custom_vjp": (lambda p, x: opaque(x, p["w"]), "custom_vjp_call"),
     "returned": (lambda p, x: (x @ p["w"], p["w"]), "the function returns it"),
     "carried and changed": (lambda p, x: x @ lax.fori_loop(0, 2, lambda i, w: 2.0 * w, p["w"]), "carried and changed"),

@@ -245,7 +245,7 @@ DENSE = {
     "norm": ("mul", lambda p, x: jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"])))),
     "columns' norms": ("mul", lambda p, x: jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True)))),
     "penalty": ("integer_pow|mul|square", lambda p, x: jnp.tanh(x @ p["w"]).sum() + (p["w"] ** 2).sum()),
-    "product of weights": ("dot_general", lambda p, x: jnp.tanh(x @ (p["w"] @ p["w"].T))),
+    "changed after a rotation": ("sin", lambda p, x: jnp.tanh(x @ jnp.sin(jnp.eye(D) @ p["w"]))),
     "custom_vjp": ("custom_vjp_call", lambda p, x: jnp.tanh(product(p["w"], x))),
     "custom_jvp": ("custom_jvp_call", lambda p, x: jnp.tanh(forward(p["w"], x))),
     "pallas_call": ("pallas_call", lambda p, x: jnp.tanh(by_hand(p["w"], x))),
@@ -343,3 +343,42 @@ def test_gathered_weight_of_an_unchecked_shard_map_is_refused():
             jlora.wrap(fn)(params, lora, X, tiled=tiled)
         got = jlora.wrap(fn, dense="allow")(params, lora, X, tiled=tiled)
         close(got, fn(jlora.merge(params, lora), X, tiled=tiled))
+
+
+def test_a_function_jitted_once_meets_data_and_constants(caplog):
+    """JAX traces it once for both; whether its argument is data is told apart call by call."""
+    times, pick = jax.jit(lambda a, b: a @ b), jax.jit(lambda t, i: jnp.take(t, i, axis=0))
+    turn, order = array(D, D, seed=4), jnp.arange(D)[::-1]
+
+    def fn(p, x, i):
+        x = jnp.tanh(times(x, p["v"]))
+        return jnp.tanh(x @ times(turn, p["w"])) + jnp.sin(x @ pick(p["w"], order)) + pick(p["v"], i)
+
+    params = {"w": array(D, D, seed=2), "v": array(D, D, seed=3)}
+    args = array(D, D), jnp.arange(D) % 3
+    found = jlora.sites(fn, params, *args)
+    assert {path: (site.kind, site.inputs) for path, site in found.items()} == {
+        "w": ("linear", (0,)),
+        "v": ("linear+lookup", (0,)),
+    }
+    lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda x: array(*x.shape, seed=9), lora)
+    apply = jlora.wrap(fn)
+    np.testing.assert_allclose(apply(params, lora, *args), fn(jlora.merge(params, lora), *args), rtol=1e-4, atol=1e-5)
+    with jax.log_compiles():
+        apply(params, lora, *args)
+    assert "Finished tracing" in caplog.text, "the log has to tell"
+    # Op by op, what no weight enters is what JAX has compiled before.
+    assert "Compiling" not in caplog.text
+
+
+def test_data_that_a_function_closed_over_is_no_constant_to_be_kept():
+    """Without arguments nothing tells a constant from data: a product is a use, and what follows may be anything."""
+    x, params = array(D, D), {"w": array(D, D, seed=2)}
+
+    def fn(p):
+        return jnp.tanh(x @ p["w"])
+
+    lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params), jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda x: array(*x.shape, seed=9), lora)
+    np.testing.assert_allclose(jlora.wrap(fn)(params, lora), fn(jlora.merge(params, lora)), rtol=1e-4, atol=1e-5)

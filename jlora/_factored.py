@@ -105,8 +105,8 @@ class Factored:
 
     @property
     def row(self) -> int | None:
-        """The factor that makes the value activations, if any: ``picked``, or one that has come down to its rank axis."""
-        return next((i for i in (0, 1) if self.labels[i] == (RANK,)), self.picked)
+        """The factor that makes the value activations, if any: ``picked``, or one that has no axis that the other has not."""
+        return next((i for i in (0, 1) if {*self.labels[i]} <= {RANK, *self.labels[1 - i]}), self.picked)
 
     def rows(self, picked: int, use: int) -> jax.Array:
         """The value as activations, such as rows of a table that were picked along the axes of factor ``picked``.

@@ -256,3 +256,9 @@ case("empty_view", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ p["w"]) + p["w"][:, :
 case("platform_dependent", W, (X,), ONE)(
     lambda p, x: lax.platform_dependent(x, tpu=lambda x: jnp.sin(x @ p["w"]), default=lambda x: jnp.tanh(x @ p["w"]))
 )
+case(
+    "row_of_a_stack_of_tables",
+    {"u": array(V, D), "v": array(V, D, seed=3)},
+    (array(2, D), jnp.int32(4)),
+    {"u": MATRIX, "v": MATRIX},
+)(lambda p, x, i: jnp.tanh(jnp.stack([p["u"], p["v"]], 1)[i] + x))

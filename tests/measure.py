@@ -24,14 +24,21 @@ def equations(jaxpr: Any) -> Any:
             yield eqn
 
 
+def computed(eqn: Any) -> list[Any]:
+    """The float values that an equation computes; a view computes none."""
+    if eqn.primitive.name in _VIEWS:
+        return []
+    return [v for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.inexact)]
+
+
 def computed_values(jaxpr: Any, shapes: set[tuple[int, ...]], ignore: tuple[str, ...] = ()) -> int:
     """How many float values of one of ``shapes`` (in any order of axes) a program computes, views and ``ignore`` not counted."""
     wanted = {tuple(sorted(shape)) for shape in shapes}
     return sum(
-        tuple(sorted(v.aval.shape)) in wanted and jnp.issubdtype(v.aval.dtype, jnp.inexact)
+        tuple(sorted(v.aval.shape)) in wanted
         for eqn in equations(jaxpr)
-        if eqn.primitive.name not in _VIEWS and eqn.primitive.name not in ignore
-        for v in eqn.outvars
+        if eqn.primitive.name not in ignore
+        for v in computed(eqn)
     )
 
 

@@ -47,7 +47,7 @@ def contract(
         The product and its labels: batch axes, then free axes of the operand that ``order`` names first, then those of the other.
     """
     if order is not None and _first_free(right[1], left[1], order) < _first_free(left[1], right[1], order):
-        left, right = right, left
+        left, right, precision = right, left, _jax.swapped(precision)
     (x, xl), (y, yl) = _sum_alone(*left, right[1], keep), _sum_alone(*right, left[1], keep)
     batch = [d for d in xl if d in yl and d in keep]
     summed = [d for d in yl if d in xl and d not in keep]

@@ -145,7 +145,12 @@ def convolutions(draw):
     w_shape = laid(specs[1], outputs, inputs, kernel)
     order = tuple(draw(st.permutations(range(nd + 2))))
     stored = tuple(np.take(w_shape, order))
-    left, tied = draw(st.sampled_from([False] * 7 + [True])), draw(st.sampled_from([False] * 3 + [True]))
+    left, tied = (
+        draw(st.sampled_from([False] * 7 + [True])),
+        draw(st.sampled_from(["no", "no", "no", "after", "before"])),
+    )
+    # One kernel in groups whose factor with the outputs has the spatial axes: the guide calls it dense.
+    tied = "no" if left else "after" if tied == "before" and grouped else tied
     numbers = lax.ConvDimensionNumbers(*specs)
     turned = lax.ConvDimensionNumbers(specs[0], (specs[1][1], specs[1][0], *specs[1][2:]), specs[2])
 
@@ -153,11 +158,11 @@ def convolutions(draw):
         w = lax.transpose(params["w"], np.argsort(order))
         if left:
             return lax.conv_general_dilated(w, x, dimension_numbers=numbers, **how)
-        y = lax.conv_general_dilated(x, w, dimension_numbers=numbers, **how)
-        if not tied:
-            return y
+        uses = [lambda: lax.conv_general_dilated(x, w, dimension_numbers=numbers, **how)]
         plain = how | {"feature_group_count": 1, "batch_group_count": 1}
-        return y, lax.conv_general_dilated(x2, w, dimension_numbers=turned, **plain)
+        if tied != "no":  # a second use that sums over the outputs
+            uses.append(lambda: lax.conv_general_dilated(x2, w, dimension_numbers=turned, **plain))
+        return [use() for use in (uses[::-1] if tied == "before" else uses)]
 
     def args(normal):
         return normal(x_shape if not left else w_shape, dtype), normal(laid(specs[0], batch, outputs, image), dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes
+from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes, sum_alone
 from jlora._primitives import Dense, Eqn, ragged_use
 
 Matrix = Callable[[Any, int], Any]
@@ -93,7 +93,7 @@ def _ragged(
     dtype: Any,
 ) -> tuple[jax.Array, Labels]:
     """``contract`` where axis ``ragged`` of ``left`` is made of groups, each with its own slice of ``right`` along ``group``."""
-    (x, xl), (part, pl) = left, right
+    (x, xl), (part, pl) = sum_alone(*left, right[1], keep), right
     shared = [d for d in xl if d in pl]
     summed, batch = [d for d in shared if d not in keep], [d for d in shared if d in keep]
     numbers = lax.RaggedDotDimensionNumbers(
@@ -123,8 +123,6 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
     ways = [bool(set(f.labels[i]) & set(spatial)) for i in (first, 1 - first)]
     if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
         raise Dense
-    if p["feature_group_count"] > 1 and ways[1]:
-        raise Dense
     compute = _jax.thin_dtype(x.dtype, f.w.dtype)
     x, f = f.dropout(x.astype(compute), use), f.scaled()
     # An axis that neither factor has, for the update is constant along it, is one of the kernel all the same.
@@ -136,7 +134,11 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
             (1 - first, {rhs_out, *(spatial if ways[1] else ())}, {RANK: rhs_in}),
         )
     ]
-    evaluate = _conv_groups if p["feature_group_count"] > 1 else _mix_then_conv if ways[1] else _conv_then_mix
+    whole = p["feature_group_count"] == 1
+    if ways[1]:
+        evaluate = _mix_then_conv if whole else _mix_then_conv_groups
+    else:
+        evaluate = _conv_then_mix if whole else _conv_groups_then_mix
     return [_added(y, evaluate(eqn, x, kernels, y.dtype))]
 
 
@@ -178,7 +180,7 @@ def _mix(
     )
 
 
-def _conv_groups(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+def _conv_groups_then_mix(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
     """A grouped convolution: each group with the first kernel, then its own columns of the second."""
     p, numbers, groups = eqn.params, eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     (batch, features), (rhs_out, rhs_in, *spatial) = numbers.out_spec[:2], numbers.rhs_spec
@@ -191,6 +193,23 @@ def _conv_groups(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: An
     how = {"precision": p["precision"], "preferred_element_type": _jax.thin_dtype(dtype)}
     t = jnp.einsum("...gr,rgo->...go", t, b, **how)
     return jnp.moveaxis(t.reshape(*t.shape[:-2], -1), -1, features)
+
+
+def _mix_then_conv_groups(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """A grouped convolution whose second kernel has the window: one group after another, for the partitioner's sake, as below."""
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    lhs, rhs_out, features = numbers.lhs_spec, numbers.rhs_spec[0], numbers.out_spec[1]
+    rows, wide = _groups_to_batch(x, groups, *lhs[:2]), _jax.thin_dtype(x.dtype, dtype)
+    t = _mix(eqn, rows, kernels[0], lhs, wide, _jax.conv_sharding(eqn, like=x, whole=lhs[1]))
+    t = _batch_to_groups(t, groups, *lhs[:2])  # (..., groups, rank)
+    t = jnp.moveaxis(jnp.moveaxis(t, -2, 0), -1, 1 + lhs[1])
+    b = kernels[1].reshape(*kernels[1].shape[:rhs_out], groups, -1, *kernels[1].shape[rhs_out + 1 :])
+
+    def of_group(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _conv(eqn, pair[0], pair[1], _jax.thin_dtype(dtype), _jax.conv_sharding(eqn))
+
+    y = jnp.moveaxis(lax.map(of_group, (t, jnp.moveaxis(b, rhs_out, 0))), 0, features)
+    return y.reshape(*y.shape[:features], -1, *y.shape[features + 2 :])
 
 
 def _groups_to_batch(x: jax.Array, groups: int, batch: int, features: int) -> jax.Array:

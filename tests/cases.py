@@ -209,6 +209,19 @@ case("conv_tied_layouts", KERNEL, (IMAGE, array(M, B, 5, 4)), CONV)(
         conv(p, y, dimension_numbers=("CNHW", "HWOI", "NWHC"), lhs_dilation=(2, 1), padding=((2, 1), (0, 1))),
     )
 )
+case(
+    "conv_tied_in_groups",
+    {"w": array(3, H, 3 * K)},
+    (array(B, 8, 3 * H), array(B, 3 * K, 9)),
+    {"w": ((0, 2), (1,), ())},
+)(
+    lambda p, x, y: (
+        lax.conv_general_dilated(y, p["w"], (1,), "SAME", dimension_numbers=("NCW", "WOI", "CNW")),
+        lax.conv_general_dilated(
+            x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "CWN"), feature_group_count=3
+        ),
+    )
+)
 case("conv_1d_layouts", {"w": array(3, D, M)}, (array(D, 8, B),), {"w": ((0, 1), (2,), ())})(
     lambda p, x: lax.conv_general_dilated(x, p["w"], (2,), "SAME", dimension_numbers=("CWN", "WIO", "WNC"))
 )

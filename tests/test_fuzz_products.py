@@ -149,8 +149,7 @@ def convolutions(draw):
         draw(st.sampled_from([False] * 7 + [True])),
         draw(st.sampled_from(["no", "no", "no", "after", "before"])),
     )
-    # One kernel in groups whose factor with the outputs has the spatial axes: the guide calls it dense.
-    tied = "no" if left else "after" if tied == "before" and grouped else tied
+    tied = "no" if left else tied
     numbers = lax.ConvDimensionNumbers(*specs)
     turned = lax.ConvDimensionNumbers(specs[0], (specs[1][1], specs[1][0], *specs[1][2:]), specs[2])
 

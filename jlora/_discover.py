@@ -81,7 +81,7 @@ class Record(NamedTuple):
     use: SiteUse
     inputs: Axes
     batch: Axes
-    window: Axes = NONE
+    window: tuple[int, ...] = ()
     groups: int = 1
     dilated: bool = False
 
@@ -167,9 +167,8 @@ class Finder:
             self.dense(values[position], name)
             return [Value((), _reach(values))]
         for seen in values[position].views:
-            inputs, batch, window = (
-                union(seen.axes[d] for d in group) for group in (use.summed, use.batch, use.window)
-            )
+            inputs, batch = (union(seen.axes[d] for d in group) for group in (use.summed, use.batch))
+            window = tuple(axis for d in use.window for axis in sorted(seen.axes[d]))
             # An axis of which a part was picked and a part remains, as in a fused q, k, v, is no batch axis.
             batch = (batch | (seen.picked - union(seen.axes))) - inputs
             self.record(seen, name, use.kind, inputs, batch, window, use.groups, use.dilated)
@@ -275,7 +274,7 @@ class Finder:
         kind: str,
         inputs: Axes,
         batch: Axes,
-        window: Axes = NONE,
+        window: tuple[int, ...] = (),
         groups: int = 1,
         dilated: bool = False,
     ) -> None:

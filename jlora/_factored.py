@@ -45,6 +45,7 @@ class Factored:
         picked: Which factor, 0 or 1, rows were picked of by an index, or a constant multiplied: if nothing multiplies the value, it is
             activations, such as rows of a table. ``None`` for what is nothing but a weight.
         scale: Of the update; it goes into a factor where a product needs it, so that of stacked layers only one slice is scaled at a time.
+        looked_up: Whether it is rows that an argument picked, in floats of 8 bits, kept factored until the model casts them.
     """
 
     w: jax.Array
@@ -53,9 +54,10 @@ class Factored:
     branch: Branch
     picked: int | None = None
     scale: float = 1.0
+    looked_up: bool = False
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.w, self.parts), (self.labels, self.branch, self.picked, self.scale)
+        return (self.w, self.parts), (self.labels, self.branch, self.picked, self.scale, self.looked_up)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> "Factored":
@@ -113,11 +115,12 @@ class Factored:
 
         Made in the dtype the model computes in; dropout of the adapter branch acts on the factor that was picked.
         """
-        parts = self.scaled().parts
-        (p, pl), (q, ql) = ((parts[i].astype(self.w.dtype), self.labels[i]) for i in (picked, 1 - picked))
+        parts, dtype = self.scaled().parts, _jax.thin_dtype(self.w.dtype)
+        (p, pl), (q, ql) = ((parts[i].astype(dtype), self.labels[i]) for i in (picked, 1 - picked))
         out = tuple(range(len(self.shape)))
-        t, labels = contract((self.dropout(p, use), pl), (q, ql), set(out), out, None, self.w.dtype, None)
-        return self.w + arrange(t, labels, out, self.shape)
+        t, labels = contract((self.dropout(p, use), pl), (q, ql), set(out), out, None, dtype, None)
+        update = arrange(t, labels, out, self.shape)
+        return (self.w.astype(dtype) + update).astype(self.w.dtype)
 
     def scaled(self) -> "Factored":
         """The same value with its scale in the second factor."""
@@ -170,10 +173,10 @@ class Factored:
         Returns:
             Array of shape ``shape``.
         """
-        x = self.dropout(x, use)
         dtype, precision, specs = how["dtype"], how["precision"], how["specs"]
-        compute = _jax.promote(x.dtype, self.w.dtype)
-        t, labels, todo = x.astype(compute), x_labels, list(zip(self.parts[:2], self.labels[:2], strict=True))
+        compute = _jax.thin_dtype(x.dtype, self.w.dtype)
+        t, labels = self.dropout(x.astype(compute), use), x_labels
+        todo = list(zip(self.parts[:2], self.labels[:2], strict=True))
         while todo:
             keep = [set(out).union(*(ls for _, ls in todo[:i] + todo[i + 1 :])) for i in range(len(todo))]
             # The factor that sums away most of the activations goes first: that is what makes the product thin.

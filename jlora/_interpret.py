@@ -99,10 +99,12 @@ class Interpreter:
 
     def step(self, eqn: Eqn, values: list[Any]) -> list[Any]:
         """Evaluates one equation."""
+        name = eqn.primitive.name
+        if name != "convert_element_type":
+            values = [self.rows(v) if isinstance(v, Factored) and v.looked_up else v for v in values]
         positions = [i for i, v in enumerate(values) if isinstance(v, Factored)]
         if not positions:
             return _jax.bind(self.plain.get(id(eqn), eqn), values)
-        name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
         if is_empty(eqn):
@@ -123,8 +125,9 @@ class Interpreter:
             if name in RULES and len(positions) == 1:
                 position = positions[0]
                 outs = RULES[name](eqn, position, values, self.count(values[position].branch.path), self.matrix)
-                looked_up = name == "gather" and _jax.among(eqn.invars[1], self.data)
-                return [self.rows(out) for out in outs] if looked_up else outs
+                if name == "gather" and _jax.among(eqn.invars[1], self.data):
+                    return [self.looked_up(out) for out in outs]
+                return [self.looked_up(out) for out in outs] if values[position].looked_up else outs
         except Dense as error:
             reason = str(error)
         return _jax.bind(eqn, [self.dense(v, name, reason) for v in values])
@@ -164,6 +167,12 @@ class Interpreter:
         if not isinstance(value, Factored) or value.row is None:
             return value
         return value.rows(value.row, self.count(value.branch.path))
+
+    def looked_up(self, value: Any) -> Any:
+        """Rows that an argument picked, as activations; those in floats of 8 bits once they are cast, for their gradient's sake."""
+        if not isinstance(value, Factored) or value.row is None:
+            return value
+        return replace(value, looked_up=True) if _jax.is_tiny(value.w.dtype) else self.rows(value)
 
     def matrix(self, x: Any, axes: int) -> Any:
         """``x`` with its first ``axes`` made one: the same array for all products that ``x`` enters.

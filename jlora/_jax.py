@@ -304,13 +304,41 @@ def promote(*dtypes: Any) -> Any:
     JAX promotes no float of 8 bits or fewer: where one meets another dtype, it counts as bf16.
     """
     if len(set(map(jax.numpy.dtype, dtypes))) > 1:
-        dtypes = tuple(jax.numpy.bfloat16 if _is_tiny(d) else d for d in dtypes)
+        dtypes = tuple(jax.numpy.bfloat16 if is_tiny(d) else d for d in dtypes)
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jax.numpy.promote_types, dtypes)
 
 
-def _is_tiny(dtype: Any) -> bool:
+def is_tiny(dtype: Any) -> bool:
+    """Whether ``dtype`` is a float of 8 bits or fewer."""
     return jax.numpy.issubdtype(dtype, jax.numpy.floating) and jax.numpy.finfo(dtype).bits <= 8
+
+
+def thin_dtype(*dtypes: Any) -> Any:
+    """The dtype of thin products where the model has values of ``dtypes``: that of all of them, but at least bf16.
+
+    In floats of 8 bits most gradients of factors would be rounded to zero.
+    """
+    found = promote(*dtypes)
+    return jax.numpy.dtype(jax.numpy.bfloat16) if is_tiny(found) else found
+
+
+def thin_precision(precision: Any) -> Any:
+    """The precision of thin products: as the model's, unless that is an algorithm that rounds operands to floats of 8 bits."""
+    if isinstance(precision, jax.lax.DotAlgorithm):
+        tiny = is_tiny(precision.lhs_precision_type) or is_tiny(precision.rhs_precision_type)
+        return None if tiny else precision
+    if isinstance(precision, jax.lax.DotAlgorithmPreset) and "F8" in precision.name:
+        return None
+    return precision
+
+
+def swapped(precision: Any) -> Any:
+    """The precision of the product with its operands exchanged."""
+    if isinstance(precision, jax.lax.DotAlgorithm):
+        pairs = ("lhs_precision_type", "rhs_precision_type"), ("lhs_component_count", "rhs_component_count")
+        return precision._replace(**{a: getattr(precision, b) for pair in pairs for a, b in (pair, pair[::-1])})
+    return precision[::-1] if isinstance(precision, tuple) else precision
 
 
 def place(x: Any, sharding: Any) -> Any:
@@ -361,16 +389,20 @@ def explicit_sharding(spec: Sequence[Any], *arrays: Any) -> Any:
     return NamedSharding(meshes[0], PartitionSpec(*spec)) if meshes else None
 
 
-def conv_sharding(eqn: Eqn, like: Any) -> dict[str, Any]:
-    """``out_sharding=`` of a convolution that ``eqn`` stands for: as ``like``, or with its features whole where that is ``None``."""
+def conv_sharding(eqn: Eqn, like: Any = None, whole: int | None = None) -> dict[str, Any]:
+    """``out_sharding=`` of a convolution that is part of ``eqn``, if that has one: as ``like`` or else as the result of ``eqn`` is split.
+
+    Axis ``whole`` is not split.
+    """
     to = eqn.params.get("out_sharding")
     if to is None:
         return {}
-    if like is not None:
-        return {"out_sharding": to}
-    features = eqn.params["dimension_numbers"].out_spec[1]
-    spec = [None if d == features else axis for d, axis in enumerate(to.spec)]
-    return {"out_sharding": NamedSharding(to.mesh, PartitionSpec(*spec))}
+    spec = to.spec if like is None else jax.typeof(like).sharding.spec
+    return {
+        "out_sharding": NamedSharding(
+            to.mesh, PartitionSpec(*(None if d == whole else axis for d, axis in enumerate(spec)))
+        )
+    }
 
 
 def mesh_spec(x: Any) -> Any:

@@ -47,8 +47,8 @@ def contract(
         The product and its labels: batch axes, then free axes of the operand that ``order`` names first, then those of the other.
     """
     if order is not None and _first_free(right[1], left[1], order) < _first_free(left[1], right[1], order):
-        left, right = right, left
-    (x, xl), (y, yl) = _sum_alone(*left, right[1], keep), _sum_alone(*right, left[1], keep)
+        left, right, precision = right, left, _jax.swapped(precision)
+    (x, xl), (y, yl) = sum_alone(*left, right[1], keep), sum_alone(*right, left[1], keep)
     batch = [d for d in xl if d in yl and d in keep]
     summed = [d for d in yl if d in xl and d not in keep]
     x_free, y_free = _ordered(xl, yl, order), _ordered(yl, xl, order)
@@ -143,7 +143,7 @@ def transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
     return x if list(order) == list(range(x.ndim)) else jnp.transpose(x, order)
 
 
-def _sum_alone(x: jax.Array, labels: Labels, other: Labels, keep: set[int]) -> tuple[jax.Array, Labels]:
+def sum_alone(x: jax.Array, labels: Labels, other: Labels, keep: set[int]) -> tuple[jax.Array, Labels]:
     """Sums away the axes that nobody else has: the update is constant along them."""
     alone = [i for i, d in enumerate(labels) if d not in other and d not in keep]
     if not alone:

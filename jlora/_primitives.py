@@ -248,8 +248,11 @@ def _sums(eqn: Eqn, position: int) -> int:
 def _conv_use(eqn: Eqn, position: int) -> Use | None:
     if position == 0 or eqn.params["batch_group_count"] != 1:
         return None
-    _, summed, *spatial = eqn.params["dimension_numbers"].rhs_spec
-    return Use("conv", (summed, *spatial), (), tuple(spatial), _groups(eqn), _is_dilated(eqn, spatial))
+    numbers = eqn.params["dimension_numbers"]
+    _, summed, *spatial = numbers.rhs_spec
+    # In the order in which the input has them, whatever that of the kernel: height before width in images (n, h, w, c).
+    window = tuple(d for _, d in sorted(zip(numbers.lhs_spec[2:], spatial, strict=True)))
+    return Use("conv", (summed, *spatial), (), window, _groups(eqn), _is_dilated(eqn, spatial))
 
 
 def _is_dilated(eqn: Eqn, window: Sequence[int]) -> bool:

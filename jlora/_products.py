@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes
+from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes, sum_alone
 from jlora._primitives import Dense, Eqn, meeting, ragged_use
 
 Matrix = Callable[[Any, int], Any]
@@ -29,14 +29,16 @@ def dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int, matrix
         x_labels, out = (first, *x_labels[len(x_free) :]), tuple(d for d in out if d not in others)
         sizes = dict(zip((*x_labels, *range(len(f.shape))), (*x.shape, *f.shape), strict=True))
         shape = [sizes[d] for d in out]
-    how = {"dtype": y.dtype, "precision": _precision(eqn, position), "specs": specs}
-    return [y + f.product(x, x_labels, out, shape, use, **how).reshape(y.shape)]
+    precision = _jax.thin_precision(eqn.params["precision"])
+    if position == 0:
+        precision = _jax.swapped(precision)
+    how = {"dtype": _jax.thin_dtype(y.dtype), "precision": precision, "specs": specs}
+    return [_added(y, f.product(x, x_labels, out, shape, use, **how).reshape(y.shape))]
 
 
-def _precision(eqn: Eqn, position: int) -> Any:
-    """The precision for products whose left operand is the activations."""
-    precision = eqn.params["precision"]
-    return precision[::-1] if isinstance(precision, tuple) and position == 0 else precision
+def _added(y: jax.Array, update: jax.Array) -> jax.Array:
+    """``y`` with the adapter's share, in the dtype of ``y``; the sum is made in the wider dtype of the two."""
+    return y + update if y.dtype == update.dtype else (y.astype(update.dtype) + update).astype(y.dtype)
 
 
 def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int, _: Matrix) -> list[Any]:
@@ -59,16 +61,19 @@ def ragged_dot_general(eqn: Eqn, position: int, values: Sequence[Any], use: int,
     )
     f = f.scaled()
     first = 0 if set(used.summed) & set(f.labels[0]) else 1
-    compute = _jax.promote(x.dtype, f.w.dtype)
-    t, labels = f.dropout(x, use).astype(compute), x_labels
-    for i, dtype in ((first, compute), (1 - first, y.dtype)):
-        part, ls = f.parts[i].astype(compute), f.labels[i]
+    compute, precision = _jax.thin_dtype(x.dtype, f.w.dtype), _jax.thin_precision(eqn.params["precision"])
+    t, labels = f.dropout(x.astype(compute), use), x_labels
+    for i, dtype in ((first, _jax.thin_dtype(compute, y.dtype)), (1 - first, _jax.thin_dtype(y.dtype))):
+        part, ls = f.parts[i].astype(t.dtype), f.labels[i]
+        if i == first and group not in (*f.labels[0], *f.labels[1]):
+            # One update for all groups; tokens that are in no group have none.
+            part, ls = lax.broadcast(part, (f.shape[group],)), (group, *ls)
         keep = {*out} if i != first else {*out, *f.labels[1 - first]}
         if group in ls:
-            t, labels = _ragged((t, labels), (part, ls), sizes, group, ragged, keep, eqn.params["precision"], dtype)
+            t, labels = _ragged((t, labels), (part, ls), sizes, group, ragged, keep, precision, dtype)
         else:
-            t, labels = contract((t, labels), (part, ls), keep, None, eqn.params["precision"], dtype, None)
-    return [y + arrange(t, labels, out, y.shape)]
+            t, labels = contract((t, labels), (part, ls), keep, None, precision, dtype, None)
+    return [_added(y, arrange(t, labels, out, y.shape))]
 
 
 def _ragged(
@@ -82,7 +87,7 @@ def _ragged(
     dtype: Any,
 ) -> tuple[jax.Array, Labels]:
     """``contract`` where axis ``ragged`` of ``left`` is made of groups, each with its own slice of ``right`` along ``group``."""
-    (x, xl), (part, pl) = left, right
+    (x, xl), (part, pl) = sum_alone(*left, right[1], keep), right
     shared = [d for d in xl if d in pl]
     summed, batch = [d for d in shared if d not in keep], [d for d in shared if d in keep]
     numbers = lax.RaggedDotDimensionNumbers(
@@ -109,46 +114,96 @@ def conv_general_dilated(eqn: Eqn, position: int, values: Sequence[Any], use: in
         raise Dense
     (y,) = _jax.bind(eqn, [x, f.w])
     first = 1 if (rhs_in in f.labels[1] and rhs_in not in f.labels[0]) or rhs_out in f.labels[0] else 0
-    ways = [set(f.labels[i]) & set(spatial) for i in (first, 1 - first)]
+    ways = [bool(set(f.labels[i]) & set(spatial)) for i in (first, 1 - first)]
     if all(ways) or rhs_out in f.labels[first] or rhs_in in f.labels[1 - first]:
         raise Dense
-    f = f.scaled()
-    compute = _jax.promote(x.dtype, f.w.dtype)
+    compute = _jax.thin_dtype(x.dtype, f.w.dtype)
+    x, f = f.dropout(x.astype(compute), use), f.scaled()
     # An axis that neither factor has, for the update is constant along it, is one of the kernel all the same.
     constant = set(range(len(f.shape))).difference(*f.labels[:2])
     kernels = [
-        _kernel(*extend(f.parts[i], f.labels[i], sorted(constant & of), f.shape), rank, len(f.shape))
+        _kernel(*extend(f.parts[i], f.labels[i], sorted(constant & of), f.shape), rank, len(f.shape)).astype(compute)
         for i, of, rank in (
             (first, {rhs_in, *(() if ways[1] else spatial)}, {RANK: rhs_out}),
             (1 - first, {rhs_out, *(spatial if ways[1] else ())}, {RANK: rhs_in}),
         )
     ]
-    groups = p["feature_group_count"]
-    if groups > 1 and ways[1]:
-        raise Dense
-    window = {k: p[k] for k in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")}
-    none = {"window_strides": (1,) * len(spatial), "padding": ((0, 0),) * len(spatial)}
+    whole = p["feature_group_count"] == 1
+    if ways[1]:
+        evaluate = _mix_then_conv if whole else _mix_then_conv_groups
+    else:
+        evaluate = _conv_then_mix if whole else _conv_groups_then_mix
+    return [_added(y, evaluate(eqn, x, kernels, y.dtype))]
 
-    def conv(t: jax.Array, kernel: jax.Array, step: dict[str, Any], dtype: Any, like: Any) -> jax.Array:
-        how = {
-            "dimension_numbers": p["dimension_numbers"],
-            "precision": p["precision"],
-            "preferred_element_type": dtype,
-        }
-        return lax.conv_general_dilated(t, kernel.astype(compute), **how, **step, **_jax.conv_sharding(eqn, like))
 
-    x = f.dropout(x, use).astype(compute)
-    if groups == 1:
-        steps = [none, window] if ways[1] else [window, none]
-        t = conv(x, kernels[0], steps[0], compute, None)
-        return [y + conv(t, kernels[1], steps[1], y.dtype, y)]
-    numbers = p["dimension_numbers"]
-    t = conv(_groups_to_batch(x, groups, *numbers.lhs_spec[:2]), kernels[0], window, compute, None)
-    b = jnp.squeeze(kernels[1].astype(compute), spatial)
-    b = (b if rhs_in < rhs_out else b.T).reshape(t.shape[numbers.out_spec[1]], groups, -1)  # (rank, groups, outputs)
-    t = _batch_to_groups(t, groups, *numbers.out_spec[:2])  # (..., groups, rank)
-    t = jnp.einsum("...gr,rgo->...go", t, b, precision=p["precision"], preferred_element_type=y.dtype)
-    return [y + jnp.moveaxis(t.reshape(*t.shape[:-2], -1), -1, numbers.out_spec[1])]
+def _conv_then_mix(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Two convolutions; the second is 1x1, and its input already lies as the output of ``eqn``."""
+    out, wide = eqn.params["dimension_numbers"].out_spec, _jax.thin_dtype(x.dtype, dtype)
+    t = _conv(eqn, x, kernels[0], wide, _jax.conv_sharding(eqn, whole=out[1]))
+    return _mix(eqn, t, kernels[1], out, _jax.thin_dtype(dtype), _jax.conv_sharding(eqn))
+
+
+def _mix_then_conv(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """Two convolutions; the first is 1x1, and its output still lies as the input of ``eqn``."""
+    lhs, wide = eqn.params["dimension_numbers"].lhs_spec, _jax.thin_dtype(x.dtype, dtype)
+    t = _mix(eqn, x, kernels[0], lhs, wide, _jax.conv_sharding(eqn, like=x, whole=lhs[1]))
+    return _conv(eqn, t, kernels[1], _jax.thin_dtype(dtype), _jax.conv_sharding(eqn))
+
+
+def _conv(eqn: Eqn, x: jax.Array, kernel: jax.Array, dtype: Any, sharding: dict[str, Any]) -> jax.Array:
+    """The convolution of ``eqn`` with another kernel, without groups."""
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+    how = {name: eqn.params[name] for name in names} | sharding
+    return lax.conv_general_dilated(x, kernel.astype(x.dtype), preferred_element_type=dtype, **how)
+
+
+def _mix(
+    eqn: Eqn, x: jax.Array, kernel: jax.Array, layout: tuple[int, ...], dtype: Any, sharding: dict[str, Any]
+) -> jax.Array:
+    """The features of ``x`` mixed by a 1x1 kernel in the layout of ``eqn``'s kernel; ``x`` lies in ``layout``, and so does the result."""
+    ones = (1,) * (len(layout) - 2)
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=ones,
+        padding=[(0, 0) for _ in ones],
+        dimension_numbers=lax.ConvDimensionNumbers(layout, eqn.params["dimension_numbers"].rhs_spec, layout),
+        precision=eqn.params["precision"],
+        preferred_element_type=dtype,
+        **sharding,
+    )
+
+
+def _conv_groups_then_mix(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """A grouped convolution: each group with the first kernel, then its own columns of the second."""
+    p, numbers, groups = eqn.params, eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    (batch, features), (rhs_out, rhs_in, *spatial) = numbers.out_spec[:2], numbers.rhs_spec
+    wide = _jax.thin_dtype(x.dtype, dtype)
+    rows = _groups_to_batch(x, groups, *numbers.lhs_spec[:2])
+    t = _conv(eqn, rows, kernels[0], wide, _jax.conv_sharding(eqn, whole=features))
+    b = jnp.squeeze(kernels[1].astype(wide), spatial)
+    b = (b if rhs_in < rhs_out else b.T).reshape(t.shape[features], groups, -1)  # (rank, groups, outputs)
+    t = _batch_to_groups(t, groups, batch, features)  # (..., groups, rank)
+    how = {"precision": p["precision"], "preferred_element_type": _jax.thin_dtype(dtype)}
+    t = jnp.einsum("...gr,rgo->...go", t, b, **how)
+    return jnp.moveaxis(t.reshape(*t.shape[:-2], -1), -1, features)
+
+
+def _mix_then_conv_groups(eqn: Eqn, x: jax.Array, kernels: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """A grouped convolution whose second kernel has the window: one group after another, for the partitioner's sake, as below."""
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    lhs, rhs_out, features = numbers.lhs_spec, numbers.rhs_spec[0], numbers.out_spec[1]
+    rows, wide = _groups_to_batch(x, groups, *lhs[:2]), _jax.thin_dtype(x.dtype, dtype)
+    t = _mix(eqn, rows, kernels[0], lhs, wide, _jax.conv_sharding(eqn, like=x, whole=lhs[1]))
+    t = _batch_to_groups(t, groups, *lhs[:2])  # (..., groups, rank)
+    t = jnp.moveaxis(jnp.moveaxis(t, -2, 0), -1, 1 + lhs[1])
+    b = kernels[1].reshape(*kernels[1].shape[:rhs_out], groups, -1, *kernels[1].shape[rhs_out + 1 :])
+
+    def of_group(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _conv(eqn, pair[0], pair[1], _jax.thin_dtype(dtype), _jax.conv_sharding(eqn))
+
+    y = jnp.moveaxis(lax.map(of_group, (t, jnp.moveaxis(b, rhs_out, 0))), 0, features)
+    return y.reshape(*y.shape[:features], -1, *y.shape[features + 2 :])
 
 
 def _groups_to_batch(x: jax.Array, groups: int, batch: int, features: int) -> jax.Array:

@@ -31,7 +31,7 @@ class Site:
         batch: Axes along which every slice is a weight of its own: layers of a scan, experts.
         uses: Every use found.
         head: Whether it is an output head: an output of the function depends on other weights only through it.
-        window: Those of ``inputs`` that the window of a convolution runs along.
+        window: Those of ``inputs`` that are the kernel spatial axes of a convolution, in the order in which its input has them.
         groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, whose input is dilated, and below zero if that
             is in groups. One of stride 1 dilates nothing, and cannot be told from a plain one with more padding.
         dilated: Of a convolution, whether its window has gaps: ``rhs_dilation`` along more than one place.
@@ -178,7 +178,7 @@ def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, he
         axes = tuple(range(len(shape)))
         roles = axes[:-1], axes[-1:], ()
     inputs, outputs, batch = roles
-    window = tuple(sorted(union(record.window for record in linear) & frozenset(inputs)))
+    window = tuple(dict.fromkeys(d for record in linear for d in record.window if d in inputs))
     groups = {record.groups for record in linear} or {1}
     return Site(
         path,

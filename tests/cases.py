@@ -194,6 +194,41 @@ case("conv_1d", {"w": array(3, D, M)}, (array(B, 8, D),), {"w": ((0, 1), (2,), (
 case("conv_3d", {"w": array(2, 3, 2, H, K)}, (array(B, 4, 5, 4, H),), {"w": ((0, 1, 2, 3), (4,), ())})(
     lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 2, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
 )
+for _lhs, _rhs, _out in (("NHWC", "HWIO", "NCHW"), ("CNWH", "WOHI", "WHNC")):
+    case(
+        f"conv_{_lhs}_{_rhs}_{_out}".lower(),
+        {"w": KERNEL["w"].transpose(["HWIO".index(c) for c in _rhs])},
+        (IMAGE.transpose(["NHWC".index(c) for c in _lhs]),),
+        {"w": (tuple(d for d, c in enumerate(_rhs) if c != "O"), (_rhs.index("O"),), ())},
+    )(partial(conv, dimension_numbers=(_lhs, _rhs, _out), window_strides=(2, 1)))
+case("conv_grouped_layouts", {"w": array(3 * M, 3, 2, D)}, (array(3 * D, 9, B, 8),), {"w": ((1, 2, 3), (0,), ())})(
+    partial(conv, dimension_numbers=("CHNW", "OHWI", "WNCH"), feature_group_count=3)
+)
+case("conv_tied_layouts", KERNEL, (IMAGE, array(M, B, 5, 4)), CONV)(
+    lambda p, x, y: (
+        conv(p, x, dimension_numbers=("NHWC", "HWIO", "CHNW")),
+        conv(p, y, dimension_numbers=("CNHW", "HWOI", "NWHC"), lhs_dilation=(2, 1), padding=((2, 1), (0, 1))),
+    )
+)
+case(
+    "conv_tied_in_groups",
+    {"w": array(3, H, 3 * K)},
+    (array(B, 8, 3 * H), array(B, 3 * K, 9)),
+    {"w": ((0, 2), (1,), ())},
+)(
+    lambda p, x, y: (
+        lax.conv_general_dilated(y, p["w"], (1,), "SAME", dimension_numbers=("NCW", "WOI", "CNW")),
+        lax.conv_general_dilated(
+            x, p["w"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "CWN"), feature_group_count=3
+        ),
+    )
+)
+case("conv_1d_layouts", {"w": array(3, D, M)}, (array(D, 8, B),), {"w": ((0, 1), (2,), ())})(
+    lambda p, x: lax.conv_general_dilated(x, p["w"], (2,), "SAME", dimension_numbers=("CWN", "WIO", "WNC"))
+)
+case("conv_3d_layouts", {"w": array(2, H, 3, K, 2)}, (array(4, B, 5, H, 4),), {"w": ((0, 1, 2, 4), (3,), ())})(
+    lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 2, 1), "SAME", dimension_numbers=("DNHCW", "DIHOW", "NWCHD"))
+)
 
 # --- programs with bodies --------------------------------------------------------------------------------------------
 STACK = {"w": array(L, D, D)}

@@ -503,6 +503,34 @@ def test_transposed_convolutions(stride, transpose_kernel, tmp_path):
         jlora.peft.save(tmp_path / "a", lora, names=names)
 
 
+@pytest.mark.parametrize("names", [("NHWC", "WHIO", "NHWC"), ("NCHW", "HOWI", "NHWC"), ("NWHC", "HWIO", "NWCH")])
+def test_a_kernels_spatial_axes_are_in_the_order_of_the_input(names, tmp_path):
+    """As PyTorch has them: (n, c, h, w) goes with (o, i, h, w), in whatever order the kernel lies here."""
+    sizes = {"O": 6, "I": 4, "H": 3, "W": 2}
+    params = {"conv": {"kernel": jax.random.normal(jax.random.key(0), [sizes[c] for c in names[1]])}}
+    x = jax.random.normal(jax.random.key(1), [{"N": 2, "C": 4, "H": 7, "W": 5}[c] for c in names[0]])
+    fn = lambda p, x: jax.lax.conv_general_dilated(x, p["conv"]["kernel"], (1, 1), "VALID", dimension_numbers=names)  # noqa: E731
+    sites = jlora.sites(fn, params, x)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, alpha=2, targets=".*"))
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    jlora.export.save(tmp_path / "m", params, lora, sites=sites)
+    jlora.export.save(tmp_path / "base", params, sites=sites)
+    merged, base = (load_file(tmp_path / f / "model.safetensors")["conv.weight"] for f in ("m", "base"))
+    first, second = (c for c in names[0] if c in "HW")
+    assert merged.shape == (6, 4, sizes[first], sizes[second])
+    # PyTorch's conv2d, on the input with its spatial axes in the order it has them.
+    channels = x if names[0][1] == "C" else jnp.moveaxis(x, 3, 1)
+    theirs = jax.lax.conv(channels, jnp.asarray(merged), (1, 1), "VALID")
+    ours = jlora.wrap(fn)(params, lora, x).transpose([names[2].index(c) for c in ("N", "C", first, second)])
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    jlora.peft.save(tmp_path / "a", lora)
+    factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    a, b = (next(x for name, x in factors.items() if f"lora_{f}" in name) for f in "AB")
+    np.testing.assert_allclose(np.einsum("rchw,or->ochw", a, b[..., 0, 0]), merged - base, atol=1e-6)
+    again = jlora.peft.load(tmp_path / "a", sites)
+    np.testing.assert_allclose(jlora.delta(again)["conv/kernel"], jlora.delta(lora)["conv/kernel"], atol=1e-6)
+
+
 def test_a_transposed_convolution_has_to_be_said(tmp_path):
     x = jnp.ones((1, 5, 4))
     params = {"up": {"kernel": jnp.ones((3, 4, 4))}}

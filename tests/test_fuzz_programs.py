@@ -140,9 +140,21 @@ def looked_up(table, w, x, i):
     return x @ w + rows
 
 
-@way("3dm")
-def convolved(w, x, i):
-    return lax.conv_general_dilated(x[None], w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))[0]
+def convolved(names):
+    """A convolution over the tokens, whose input, kernel and output lie as ``names`` say."""
+
+    def convolve(w, x, i):
+        lhs, _, out = names
+        x = lax.expand_dims(x if lhs.index("W") < lhs.index("C") else x.T, [lhs.index("N")])
+        y = lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=names)
+        return lax.transpose(y, [out.index(c) for c in "NWC"])[0]
+
+    convolve.__name__ = "convolved_" + "_".join(names).lower()
+    way(names[1].translate(str.maketrans("WIO", "3dm")))(convolve)
+
+
+for _names in (("NWC", "WIO", "NWC"), ("NWC", "WIO", "NCW"), ("WCN", "OIW", "CNW"), ("CNW", "IWO", "WNC")):
+    convolved(_names)
 
 
 @way("dm")

@@ -102,6 +102,14 @@ def explicit_conv(p, x, at):
     return lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=names, **to)
 
 
+@case("conv_layouts", {"w": (3, D, D)}, {"w": P(None, None, "model")})
+def conv_layouts(p, x, at):
+    """The second use sums over the outputs of the first, so that its 1x1 kernel comes first."""
+    to, back = at(P("model", "data", None)), at(P("data", "model", None))
+    y = lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "CNW"), **to)
+    return lax.conv_general_dilated(jnp.tanh(y), p["w"], (1,), "SAME", dimension_numbers=("CNW", "WOI", "NCW"), **back)
+
+
 @case("reshaped", {"w": (D, H, K)}, {"w": P(None, "model")}, kinds=[AxisType.Explicit])
 @case("reshaped_inner", {"w": (D, H, K)}, {"w": P(None, None, "model")}, kinds=[AxisType.Explicit])
 def reshaped(p, x, at):

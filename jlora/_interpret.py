@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
+from jlora._derivatives import is_stop, jlora_stop_gradient
 from jlora._factored import Factored
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty
 from jlora._products import Matrix, conv_general_dilated, dot_general, ragged_dot_general
@@ -102,6 +103,8 @@ class Interpreter:
         name = eqn.primitive.name
         if name in BODIES:
             return BODIES[name](self, eqn, values)
+        if is_stop(eqn):  # of a function adapted before, which this one calls
+            return jlora_stop_gradient(values)
         if is_empty(eqn):
             return _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
         if name in USES:  # where two leaves meet, the one on the right is the weight: the other may be rows of a table

@@ -99,6 +99,6 @@ def _follow(program: _jax.Program, inputs: Sequence[bool], data: set[_jax.Var]) 
         outs = [any(marked)] * len(eqn.outvars)
         for body, args in _jax.bodies(eqn, marked):
             _follow(body, args, data)
-            if eqn.primitive.name in _jax.CALLS:
+            if eqn.primitive.name in (*_jax.CALLS, *_jax.CUSTOM):
                 outs = [_jax.among(v, data) for v in body.jaxpr.outvars]
         data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jlora import _jax
+from jlora._derivatives import is_stop
 from jlora._primitives import (
     JOINS,
     USES,
@@ -126,6 +127,8 @@ class Finder:
         name = eqn.primitive.name
         if name in _BODIES:
             return _BODIES[name](self, eqn, values)
+        if is_stop(eqn):
+            return values
         positions = [i for i, v in enumerate(values) if v.views]
         if not positions or is_empty(eqn):
             if name in USES and len(_reach(values)) > 1:  # a product of two activations, as in attention

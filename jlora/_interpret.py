@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
+from jlora._derivatives import is_stop, jlora_stop_gradient
 from jlora._factored import Factored
 from jlora._mix import by_constant, by_weight
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty, is_mixed
@@ -107,6 +108,8 @@ class Interpreter:
             return _jax.bind(self.plain.get(id(eqn), eqn), values)
         if name in BODIES:
             return BODIES[name](self, eqn, values)
+        if is_stop(eqn):  # of a function adapted before, which this one calls
+            return jlora_stop_gradient(values)
         if is_empty(eqn):
             return _jax.bind(eqn, [v.w if isinstance(v, Factored) else v for v in values])
         reason = ""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax._src import core, source_info_util
-from jax._src.interpreters import ad, batching, partial_eval
+from jax._src.interpreters import partial_eval
 from jax._src.sharding_impls import UnspecifiedValue
 from jax.extend import core as jex
 from jax.sharding import NamedSharding, PartitionSpec
@@ -25,6 +25,9 @@ Var = Any
 # Code of frameworks: an error should name the line of the model that called them.
 _FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/", "/keras/", "/e3nn_jax/")
 
+
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+"""Primitives that call the one program they hold, and have a derivative of their own."""
 
 CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
 """Primitives that do nothing but call the one program they hold, once."""
@@ -113,6 +116,11 @@ def subprogram(eqn: Eqn) -> Program:
     return program(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
 
 
+def function_name(eqn: Eqn) -> str:
+    """The name of the function whose program an equation calls."""
+    return subprogram(eqn).jaxpr.debug_info.func_name
+
+
 def scan(eqn: Eqn) -> Scan:
     """Reads a ``scan`` equation."""
     p = eqn.params
@@ -149,7 +157,7 @@ def repeated(jaxpr: Jaxpr) -> list[Jaxpr]:
 def bodies(eqn: Eqn, marked: Sequence[bool]) -> list[tuple[Program, list[bool]]]:
     """The programs inside an equation, each with which of its inputs are marked: as outside, and all that change in a loop."""
     name, marked = eqn.primitive.name, list(marked)
-    if name in (*CALLS, "shard_map"):
+    if name in (*CALLS, *CUSTOM, "shard_map"):
         return [(subprogram(eqn), marked)]
     if name == "scan":
         s = scan(eqn)
@@ -284,18 +292,6 @@ def _frames(eqn: Eqn) -> Iterator[Any]:
         if frame.file_name.replace("\\", "/").split("/")[-2:-1] == ["jlora"]:
             return
         yield frame
-
-
-def is_differentiated(x: Any) -> bool:
-    """Whether a derivative with respect to ``x`` is being taken right here, and not by whoever calls the program being traced."""
-    while isinstance(x, batching.BatchTracer):
-        x = x.val
-    return isinstance(x, ad.JVPTracer | ad.LinearizeTracer)
-
-
-def is_input_of_trace(x: Any) -> bool:
-    """Whether ``x`` is a plain value of a program being traced: nobody differentiates it here, a caller of the program still may."""
-    return isinstance(x, partial_eval.DynamicJaxprTracer)
 
 
 def promote(*dtypes: Any) -> Any:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jlora._adapters import is_adapter
 
@@ -23,6 +24,7 @@ def labels(tree: Any) -> Any:
         A tree of the same structure with a string in each leaf.
 
     Raises:
+        TypeError: ``tree`` is a number: optax took this function for a schedule.
         ValueError: there is no adapter in ``tree``.
 
     Example:
@@ -30,6 +32,12 @@ def labels(tree: Any) -> Any:
         >>> trained = {"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.adam(1e-3)}
         >>> tx = optax.partition(trained | {"frozen": optax.set_to_zero()}, jlora.labels)
     """
+    if _is_number(tree):
+        raise TypeError(
+            "A mask or a label needs a tree that holds adapters.\n  got: a number\n"
+            "  optax.inject_hyperparams calls every function as a schedule, with the number of the step, unless it is told not to:\n"
+            "  optax.inject_hyperparams(optax.adamw, static_args='mask')(learning_rate=1e-3, mask=jlora.trainable)."
+        )
     found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_adapter) if is_adapter(leaf)]
     if not found:
         raise ValueError(
@@ -39,20 +47,23 @@ def labels(tree: Any) -> Any:
 
 
 def trainable(tree: Any) -> Any:
-    """The boolean tree for ``optax.masked``: true for the arrays of adapters, false for everything else.
+    """The boolean tree of what is trained: true for the arrays of adapters, false for everything else.
 
-    ``optax.masked`` hands on what it masks out as it came: the base stays as it is because its gradients are zero. Where they are
-    not (a penalty on the base, ``train_base=True``), use ``freeze``.
+    It is a mask and freezes nothing: ``optax.masked(tx, jlora.trainable)`` passes gradients of the base on as updates, and adds them to
+    the base where they are not zero (a penalty on the base, ``train_base=True``). Use ``freeze`` to train a tree that holds the base.
 
     Args:
         tree: As for ``labels``.
 
     Raises:
+        TypeError: ``tree`` is a number: optax took this function for a schedule.
         ValueError: there is no adapter in ``tree``.
 
     Example:
         >>> import optax, jlora
-        >>> tx = optax.masked(optax.adamw(1e-3), jlora.trainable)
+        >>> tx = jlora.freeze(optax.chain(optax.adam(1e-3), optax.add_decayed_weights(1e-4, mask=jlora.trainable)))
+        >>> adamw = optax.inject_hyperparams(optax.adamw, static_args="mask")  # optax takes other functions for schedules
+        >>> tx = jlora.freeze(adamw(learning_rate=1e-3, mask=jlora.trainable))
     """
     return jax.tree.map(lambda label: label != FROZEN, labels(tree))
 
@@ -81,6 +92,10 @@ def freeze(tx: "optax.GradientTransformation") -> "optax.GradientTransformation"
         return jax.tree.map(lambda label: FROZEN if label == FROZEN else "trained", labels(tree))
 
     return optax.partition({"trained": tx, FROZEN: optax.set_to_zero()}, groups)
+
+
+def _is_number(tree: Any) -> bool:
+    return isinstance(tree, int | float) or (hasattr(tree, "dtype") and np.ndim(tree) == 0)
 
 
 def _name_leaves(node: Any) -> Any:

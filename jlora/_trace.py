@@ -122,7 +122,7 @@ class _Follower:
             marked = [_jax.among(v, data) for v in eqn.invars]
             outs = [any(marked)] * len(eqn.outvars)
             bodies = [self.follow(body.jaxpr, args) for body, args in _jax.bodies(eqn, marked)]
-            if bodies and eqn.primitive.name in _jax.CALLS:
+            if bodies and eqn.primitive.name in (*_jax.CALLS, *_jax.CUSTOM):
                 outs = [_jax.among(v, data) for v in bodies[0].outvars]
             data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)
             eqns.append(_jax.with_bodies(eqn, bodies, self.plain))

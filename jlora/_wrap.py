@@ -8,15 +8,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jlora import _jax, _paths
 from jlora._adapters import Adapter
+from jlora._derivatives import jlora_stop_gradient, refuse_derivatives
 from jlora._factored import Branch
 from jlora._init import as_key, fold_path
 from jlora._interpret import Interpreter
 from jlora._sites import RETURNED
-from jlora._trace import check_function, trace_call
+from jlora._trace import Call, check_function, trace_call
+
+_UNSAID: Any = object()  # no ``dropout_key``, not even ``None``
 
 
 def wrap(
@@ -37,11 +39,13 @@ def wrap(
 
     Returns:
         ``apply``. Arrays among its arguments are traced; flags, strings and Python numbers stay as they are. ``dropout_key``, a PRNG
-        key, turns on dropout on the adapter branches whose rule has a rate; without it there is none.
+        key, turns on dropout on the adapter branches whose rule has a rate; ``None`` turns it off, and so does leaving it out, except
+        where such an adapter is differentiated: that must say which of the two it is.
 
     Raises:
         TypeError: ``fn`` is not callable; ``apply`` got its arguments in another order.
-        ValueError: in ``apply``: an adapter belongs to another base, or none has an effect.
+        ValueError: in ``apply``: an adapter belongs to another base, or none has an effect; an adapter with dropout is differentiated and
+            ``dropout_key`` was left out.
         DenseWeightError: in ``apply``: see ``dense``.
 
     Example:
@@ -66,15 +70,20 @@ def wrap(
         )
 
     @functools.wraps(fn, updated=())
-    def apply(params: Any, lora: Mapping[str, Adapter], /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+    def apply(
+        params: Any, lora: Mapping[str, Adapter], /, *args: Any, dropout_key: Any = _UNSAID, **kwargs: Any
+    ) -> Any:
         check_lora(lora, params)
         flat = _paths.flatten(params)
         check_base(lora, *flat[:2])
-        if dropout_key is not None:
+        if dropout_key is not None and dropout_key is not _UNSAID:
             dropout_key = as_key(dropout_key, "dropout_key must be one PRNG key.")
         call = trace_call(fn, flat, args, kwargs)
-        leaves = call.leaves if train_base else _freeze(call.leaves, lora)
-        _check_read(lora, call)
+        read = _read(call)
+        _check_effect(lora, call.paths, read)
+        leaves = call.leaves if train_base else _freeze(call.leaves, read)
+        if dropout_key is _UNSAID:
+            lora, dropout_key = _ask_for_a_key(lora), None
         entered = [
             _enter(lora[path], leaf, path, dropout_key) if path in lora else leaf
             for path, leaf in zip(call.paths, leaves, strict=True)
@@ -141,12 +150,17 @@ def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any])
             )
 
 
-def _check_read(lora: Mapping[str, Adapter], call: Any) -> None:
-    """Raises if this call reads none of the adapted leaves. Some may be unread: a model has several methods."""
+def _read(call: Call) -> list[bool]:
+    """Which leaves the call reads. Some may be unread: a model has several methods."""
     jaxpr = call.program.jaxpr
     atoms = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
     read = {v for v in atoms if not _jax.is_literal(v)}
-    if not any(path in lora and v in read for path, v in zip(call.paths, jaxpr.invars, strict=False)):
+    return [v in read for v in jaxpr.invars[: len(call.leaves)]]
+
+
+def _check_effect(lora: Mapping[str, Adapter], paths: list[str], read: list[bool]) -> None:
+    """Raises if a call reads none of the adapted leaves."""
+    if not any(path in lora and used for path, used in zip(paths, read, strict=True)):
         raise ValueError(f"The adapter would have no effect: this call uses none of {_paths.listing(list(lora))}.")
 
 
@@ -155,14 +169,33 @@ def _enter(adapter: Adapter, leaf: Any, path: str, dropout_key: Any) -> Any:
     return adapter.enter(jnp.asarray(leaf), Branch(path, getattr(adapter, "dropout", 0.0)), key)
 
 
-def _freeze(leaves: list[Any], lora: Mapping[str, Adapter]) -> list[Any]:
-    """Stops gradients where one could pass.
+def _freeze(leaves: list[Any], read: list[bool]) -> list[Any]:
+    """Stops gradients of the leaves that are read. Only a tracer of floats can be differentiated."""
+    stop = [i for i, x in enumerate(leaves) if read[i] and isinstance(x, jax.core.Tracer) and _is_inexact(x)]
+    if not stop:
+        return leaves
+    stopped = dict(zip(stop, jlora_stop_gradient([leaves[i] for i in stop]), strict=True))
+    return [stopped.get(i, x) for i, x in enumerate(leaves)]
 
-    Only a tracer can be differentiated. Where the adapter is being differentiated right here and a leaf is not, as in
-    ``jit(grad(loss))`` with respect to the adapter, stopping would only add an equation of the leaf's size.
-    """
-    inside = any(_jax.is_differentiated(x) for x in jax.tree.leaves(dict(lora)))
-    return [
-        lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) and not (inside and _jax.is_input_of_trace(x)) else x
-        for x in leaves
-    ]
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _ask_for_a_key(lora: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
+    """The adapters, which raise where they are differentiated if one has dropout: nobody said whether it is on."""
+    rates = {path: rate for path, adapter in lora.items() if (rate := getattr(adapter, "dropout", 0.0))}
+    leaves, tree = jax.tree.flatten({path: lora[path] for path in rates})
+    if not any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return lora
+
+    def error() -> ValueError:
+        path, rate = next(iter(rates.items()))
+        more = f", and {len(rates) - 1} more" if len(rates) > 1 else ""
+        return ValueError(
+            f"The adapter has dropout (rate {rate} at '{path}'{more}), and apply is differentiated without a key for it.\n"
+            "  To train with dropout, pass a new key at each step: apply(params, lora, ..., dropout_key=key).\n"
+            "  To differentiate without dropout, say so: apply(params, lora, ..., dropout_key=None)."
+        )
+
+    return {**lora, **jax.tree.unflatten(tree, refuse_derivatives(leaves, error))}

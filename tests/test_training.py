@@ -70,23 +70,65 @@ def test_labels_of_a_masked_adapter():
     assert jlora.labels(lora)["w"].b == "b"
 
 
+FREEZING = {
+    "freeze": jlora.freeze(optax.adamw(1e-2)),
+    "inject_hyperparams": optax.inject_hyperparams(lambda learning_rate: jlora.freeze(optax.adamw(learning_rate)))(
+        learning_rate=1e-2
+    ),
+    "a mask of weight decay": jlora.freeze(
+        optax.inject_hyperparams(optax.adamw, static_args="mask")(learning_rate=1e-2, mask=jlora.trainable)
+    ),
+    "chain": jlora.freeze(
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1)
+        )
+    ),
+    "partition": optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.sgd(1e-2), "frozen": optax.set_to_zero()},
+        jlora.labels,
+    ),
+    "multi_steps": optax.MultiSteps(jlora.freeze(optax.adam(1e-2)), every_k_schedule=2),
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_a_loss_on_the_base_itself_leaves_the_base(name):
+    def loss(tree):
+        return tree_loss(tree) + sum((x**2).sum() for x in jax.tree.leaves(tree["base"]))
+
+    def trained(tx):
+        @jax.jit
+        def step(tree, state):
+            updates, state = tx.update(jax.grad(loss)(tree), state, tree)
+            return optax.apply_updates(tree, updates), state
+
+        tree = {"base": PARAMS, "lora": fresh()}
+        state = tx.init(tree)
+        for _ in range(6):
+            tree, state = step(tree, state)
+        return tree
+
+    tree = trained(FREEZING[name])
+    jax.tree.map(np.testing.assert_array_equal, tree["base"], PARAMS)
+    assert all(
+        bool((x != y).any()) for x, y in zip(jax.tree.leaves(tree["lora"]), jax.tree.leaves(fresh()), strict=True)
+    )
+    # A mask alone does not freeze: what freezes is known to be needed.
+    masked = trained(optax.masked(optax.adamw(1e-2), jlora.trainable))
+    assert bool((masked["base"]["up"]["kernel"] != PARAMS["up"]["kernel"]).any())
+
+
+def test_a_mask_that_is_taken_for_a_schedule():
+    tree = {"base": PARAMS, "lora": fresh()}
+    for fn in (jlora.trainable, jlora.labels):
+        with pytest.raises(TypeError, match=r"(?s)got: a number.*inject_hyperparams.*static_args='mask'"):
+            optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, mask=fn).init(tree)
+
+
 @pytest.mark.parametrize(
     "tx",
-    [
-        optax.masked(optax.adamw(1e-2), jlora.trainable),
-        jlora.freeze(optax.adamw(1e-2)),
-        jlora.freeze(
-            optax.chain(
-                optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 10), weight_decay=0.1)
-            )
-        ),
-        optax.partition(
-            {"a": optax.adam(1e-3), "b": optax.adam(1.6e-2), "full": optax.sgd(1e-2), "frozen": optax.set_to_zero()},
-            jlora.labels,
-        ),
-        optax.MultiSteps(jlora.freeze(optax.adam(1e-2)), every_k_schedule=2),
-    ],
-    ids=["masked", "freeze", "chain", "partition", "multi_steps"],
+    [optax.masked(optax.adamw(1e-2), jlora.trainable), *FREEZING.values()],
+    ids=["masked", *FREEZING],
 )
 def test_optimisers_train_the_adapter_and_leave_the_base(tx):
     before = float(tree_loss({"base": PARAMS, "lora": fresh()}))

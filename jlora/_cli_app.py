@@ -49,6 +49,9 @@ def merge(
         Literal["nearest", "stochastic"], typer.Option(help="Stochastic rounding keeps small updates in the mean.")
     ] = "nearest",
     seed: Seed = None,
+    overflow: Annotated[
+        Literal["raise", "allow"], typer.Option(help="What to do with values that the dtype cannot hold.")
+    ] = "raise",
     conv1d: Conv1d = None,
     prefix: Annotated[
         str | None,
@@ -73,7 +76,7 @@ def merge(
     if (rounding == "stochastic") != (seed is not None):
         raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
     key = None if seed is None else jax.random.key(seed)
-    fold = Fold(dtype, rounding, key)
+    fold = Fold(dtype, rounding, key, overflow)
     out = adapters.free(out, kind, force, [base, adapter])
     begin = functools.partial(progress, "merge", quiet=json)
     options = Names(conv1d, prefix, tied or [], add_new)

@@ -25,6 +25,7 @@ from jlora._export_tree import save_orbax as save_orbax
 from jlora._fold import Fold, Rounding
 from jlora._fold import stochastic_round as stochastic_round
 from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
+from jlora._overflow import Overflow
 from jlora._sites import Site, Sites
 from jlora._wrap import check_base, check_lora
 
@@ -55,6 +56,7 @@ def save(
     dtype: Any = None,
     rounding: Rounding = "nearest",
     key: Any = None,
+    overflow: Overflow = "raise",
     shard_bytes: int = 5 * 10**9,
     config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -73,6 +75,7 @@ def save(
         rounding: To ``dtype``: ``"nearest"`` loses what is smaller than half a unit of the last place; ``"stochastic"`` rounds up or down
             with the probability that keeps the mean.
         key: A PRNG key, for stochastic rounding.
+        overflow: As for ``jlora.merge``: ``"raise"``, or ``"allow"`` to store infinities where a tensor's dtype ends.
         shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
         config: What ``config.json`` holds: a mapping, such as ``cfg.to_dict()`` of a configuration of transformers.
         overwrite: Replace an export that is already there: its weights, all shards of them, and ``config.json`` if ``config`` is given.
@@ -85,7 +88,8 @@ def save(
     Raises:
         FileExistsError: there is something at ``folder``.
         TypeError: ``config`` is no mapping of what JSON has.
-        ValueError: two leaves have one name; an adapted leaf has none; an adapter or ``sites`` belongs to another base.
+        ValueError: two leaves have one name; an adapted leaf has none; an adapter or ``sites`` belongs to another base; a tensor
+            overflows its dtype.
 
     References:
         Gupta et al., 2015, arXiv:1502.02551 (stochastic rounding).
@@ -94,7 +98,7 @@ def save(
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
     _files.check_free(path, **options)
     _check_config(config)
-    export = _Export(params, lora, sites, names, Fold(dtype, rounding, key))
+    export = _Export(params, lora, sites, names, Fold(dtype, rounding, key, overflow))
     shards = _shards(export.entries, shard_bytes)
     done = 0
     with _files.new_folder(path, **options) as part:

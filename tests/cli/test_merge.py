@@ -137,8 +137,12 @@ def test_what_a_dtype_cannot_hold_is_refused(here):
     found["model.norm.weight"][0] = 1e6
     save_file(found, base / "model.safetensors")
     message = call("merge", base, PEFT / "llama", "out", "--dtype", "float16", code=2)
-    assert "'model.norm.weight' has values that float16 cannot hold" in message
+    assert "'model.norm.weight' has values that float16 cannot hold: 1e+06, where its largest is 65504" in message
+    assert "--dtype float32. To store infinities: --overflow allow" in message
     assert not (here / "out").exists()
+    call("merge", base, PEFT / "llama", "wide", "--dtype", "float32")
+    call("merge", base, PEFT / "llama", "out", "--dtype", "float16", "--overflow", "allow")
+    assert np.isinf(load_file(here / "out" / "model.safetensors")["model.norm.weight"]).sum() == 1
 
 
 def test_square_weights_of_conv1d_are_not_guessed(here):

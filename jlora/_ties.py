@@ -5,7 +5,7 @@ embedding is dropped then. It asks the configuration of the text model, which ma
 where that is silent the class of the model, which differs from family to family.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 FLAG = "tie_word_embeddings"
@@ -36,6 +36,12 @@ def is_head(name: str) -> bool:
     return module != name and (last(name) in HEADS or module == "decoder" or module.endswith(_HEAD_ENDS))
 
 
+def bias_of_head(name: str, weights: Collection[str]) -> str:
+    """The name under which a model's files have a bias: BERT's head has that of the module around it."""
+    outer = name.removesuffix(".decoder.bias")
+    return f"{outer}.bias" if outer != name and name not in weights and f"{outer}.bias" in weights else name
+
+
 def is_shared(config: Mapping[str, Any], embedding: str) -> bool:
     """Whether encoder and decoder share the embedding: the flag then ties more than the head, and T5 also scales by it."""
     return last(embedding) == "shared" or (config.get("is_encoder_decoder") is True and "decoder." not in embedding)
@@ -57,6 +63,11 @@ def says(config: Mapping[str, Any]) -> bool | None:
         return True in asked
     top = config.get(FLAG)
     return top if isinstance(top, bool) and (top or not inside) else None
+
+
+def texts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configurations of the text models inside one, or itself."""
+    return _inside(config) or [config]
 
 
 def tell(config: dict[str, Any], tied: bool) -> None:

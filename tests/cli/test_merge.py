@@ -1,7 +1,6 @@
 """``jlora merge``: models of PyTorch and checkpoints, against PEFT's outputs and ``jlora.export``."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -187,19 +186,6 @@ def test_a_new_head_is_added_only_on_request(here):
     assert called("merge", base, PEFT / "bert", "out", "--add-new")["added"] == ["classifier.bias", "classifier.weight"]
     want = load_file(PEFT / "bert" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
     np.testing.assert_array_equal(load_file(here / "out" / "model.safetensors")["classifier.weight"], want)
-
-
-def test_a_tied_head_has_one_update(here):
-    base = base_of("llama_tied", here)
-    assert "--tied lm_head.weight=" in call("merge", base, PEFT / "llama_tied", "out", code=2)
-    tied = ("--tied", "lm_head.weight=model.embed_tokens.weight")
-    shutil.copytree(PEFT / "llama_tied", here / "apart")
-    file = here / "apart" / "adapter_model.safetensors"
-    found = load_file(file)
-    found["base_model.model.lm_head.lora_B.weight"] += 1
-    save_file(found, file)
-    assert "were adapted apart" in call("merge", base, "apart", "out", *tied, code=2)
-    assert "The adapter has no 'a'" in call("merge", base, "apart", "out", "--tied", "a=b", code=2)
 
 
 def test_a_quantised_or_other_base_is_refused(here):

@@ -81,14 +81,18 @@ def find(weights: Weights, changed: Collection[str], task: str) -> Tie | None:
         return None
     heads = _one(filter(_ties.is_head, ends)) or _one(filter(_ties.is_head, weights))
     tables = _one(filter(_ties.is_embedding, ends)) or _one(filter(_ties.is_embedding, weights))
-    if not heads and kind_of(weights) in _HEADS:
-        heads = [_HEADS[kind_of(weights)]]
+    heads = heads or list(filter(None, [head_of(weights)]))
     if len(heads) == len(tables) == 1 and tables[0] in weights:
         return Tie(heads[0], tables[0])
     raise Refusal(
         f"config.json says that head and embedding are one, and the adapter changes {_listed(ends)}: which tensors they are is not plain.\n"
         f"  {say_which(weights, heads, tables)}"
     )
+
+
+def head_of(weights: Weights) -> str:
+    """The name of the head of a model that ties it to its embedding; empty if nothing tells."""
+    return _HEADS.get(kind_of(weights), "") if tied(weights) is True else ""
 
 
 def unsure(weights: Weights, changed: Iterable[str], task: str) -> Refusal | None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Need = Literal["sites", "params", "names", "base", "rank", "factors", "dropout"]
+Need = Literal["sites", "params", "names", "base", "rank", "factors", "dropout", "dtype", "overflow"]
 
 
 class Advised(ValueError):

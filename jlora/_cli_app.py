@@ -21,7 +21,6 @@ from jlora import _cli_weights as models
 from jlora import _files
 from jlora._adapters import LowRank
 from jlora._cli_adapters import Opened, Writing
-from jlora._cli_base import Values
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
 from jlora._cli_show import Refusal, Screen, number, percent, progress, several, shape
@@ -49,13 +48,16 @@ def merge(
         Literal["nearest", "stochastic"], typer.Option(help="Stochastic rounding keeps small updates in the mean.")
     ] = "nearest",
     seed: Seed = None,
+    overflow: Annotated[
+        Literal["raise", "allow"], typer.Option(help="What to do with values that the dtype cannot hold.")
+    ] = "raise",
     conv1d: Conv1d = None,
     prefix: Annotated[
         str | None,
         typer.Option(metavar="OLD=NEW", help="Names of the adapter that begin with OLD begin with NEW in BASE."),
     ] = None,
     tied: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=NAME", help="The first is, in BASE, the second: a tied head.")
+        list[str] | None, typer.Option(metavar="NAME=NAME", help="Head and embedding, which are one in BASE.")
     ] = None,
     add_new: Annotated[
         bool, typer.Option("--add-new", help="Add whole tensors that BASE does not have: a head.")
@@ -73,7 +75,7 @@ def merge(
     if (rounding == "stochastic") != (seed is not None):
         raise Refusal("Stochastic rounding needs a --seed, and nothing else does.")
     key = None if seed is None else jax.random.key(seed)
-    fold = Fold(dtype, rounding, key)
+    fold = Fold(dtype, rounding, key, overflow)
     out = adapters.free(out, kind, force, [base, adapter])
     begin = functools.partial(progress, "merge", quiet=json)
     options = Names(conv1d, prefix, tied or [], add_new)
@@ -105,7 +107,7 @@ def _merge_safetensors(
     weights = models.Weights(base)
     renamed = ("", "") if names.prefix is None else _split("--prefix", names.prefix)
     tied = dict(_split("--tied", x) for x in names.tied)
-    found = adapters.open_adapter(adapter, Values(weights, lambda path: merging.Plan.name(path, *renamed)))
+    found = merging.open_adapter(adapter, weights, renamed)
     plan = merging.Plan(weights, found, conv1d=names.conv1d, renamed=renamed, tied=tied, add_new=names.add_new)
     with begin(len(weights) + len(plan.added)) as step:
         return merging.merge_safetensors(plan, out, fold, force, step)
@@ -122,7 +124,8 @@ def _show_merged(screen: Screen, out: Path, form: str, dtype: str | None, report
     if worst > 0.01:
         screen.note("  --dtype float32 keeps it all; --rounding stochastic --seed 0 keeps it in the mean.")
     if report.untied:
-        screen.note("the head is a weight of its own now: tie_word_embeddings in config.json is false")
+        said = "is false" if "config.json" in report.copied else "must be false, and is not there"
+        screen.note(f"the head is a weight of its own now: tie_word_embeddings in config.json {said}")
     for what, names in (("copied", report.copied), ("left out", report.left_out)):
         if names:
             screen.note(f"{what}: {', '.join(map(_files.shown, names))}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _extract, _files, _paths, _svd
+from jlora import _cli_ties, _extract, _files, _paths, _svd
 from jlora._adapters import Adapter, Fingerprint, fingerprint
 from jlora._cli_adapters import Refusal, sites_like
 from jlora._cli_tables import Tables
@@ -32,6 +32,7 @@ class Pair(NamedTuple):
         tuned: Reads its value in the tuned model.
         changed: Whether they differ.
         turned: Whether the values are the transpose of the site's matrix.
+        fits: Whether an adapter of the base can have the tuned value at all: it has another shape, or holds no floats.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Pair(NamedTuple):
     tuned: Reader
     changed: bool
     turned: bool = False
+    fits: bool = True
 
 
 class Found(NamedTuple):
@@ -74,13 +76,7 @@ def extract(pairs: list[Pair], base: Fingerprint | None, wanted: Wanted, step: C
     """Decomposes the differences one by one. ``base`` is the fingerprint of the whole base, ``None`` if only of what is adapted."""
     changed = [pair for pair in pairs if pair.changed]
     rest = {p.name: p.site.reason for p in changed if p.site.reason}
-    if rest and wanted.rest == "error":
-        shown = "\n".join(f"    {name}: {why}" for name, why in list(rest.items())[:12])
-        more = f"\n    and {len(rest) - 12} more" if len(rest) > 12 else ""
-        raise Refusal(
-            f"{len(rest)} tensors changed that get no factors:\n{shown}{more}\n"
-            "  Keep them whole with --rest full, or leave them out with --rest ignore."
-        )
+    _check_rest(rest, [p for p in changed if not p.fits], wanted.rest)
     if len(rest) == len(changed):
         raise Refusal("No matrix differs between the two models: the adapter would have no effect.")
     taken = [p for p in changed if wanted.rest == "full" or not p.site.reason]
@@ -99,6 +95,45 @@ def extract(pairs: list[Pair], base: Fingerprint | None, wanted: Wanted, step: C
     lora = {name: made[name] for name in sorted(made)}
     whole = {p.name: p.site.reason for p in taken if p.site.reason}
     return Found(lora, kept, norms, whole, rest if wanted.rest == "ignore" else {}, len(pairs) - len(changed))
+
+
+def _check_rest(rest: dict[str, str], unfit: list[Pair], wanted: str) -> None:
+    """Raises if what gets no factors is neither to be left out, nor to be kept whole and can be."""
+    refused = rest if wanted == "error" else {p.name: p.site.reason for p in unfit} if wanted == "full" else {}
+    if not refused:
+        return
+    shown = "\n".join(f"    {_files.shown(name)}: {why}" for name, why in list(refused.items())[:12])
+    more = f"\n    and {len(refused) - 12} more" if len(refused) > 12 else ""
+    resized = any(RESIZED in p.site.reason for p in unfit)
+    hints = [
+        "Leave them out with --rest ignore."
+        if unfit
+        else "Keep them whole with --rest full, or leave them out with --rest ignore."
+    ]
+    if unfit and len(refused) > len(unfit):
+        hints = ["Leave them out with --rest ignore. --rest full can keep whole only those that have the base's shape."]
+    if resized:
+        hints.append(
+            "If the vocabulary was resized, resize the base's as well (in transformers: model.resize_token_embeddings(n),\n"
+            "  model.save_pretrained(folder)), and extract from that."
+        )
+    what = (
+        "tensors changed that get no factors"
+        if wanted == "error"
+        else "tensors changed that no adapter of the base can have"
+    )
+    raise Refusal(f"{len(refused)} {what}:\n{shown}{more}\n  " + "\n  ".join(hints))
+
+
+RESIZED = "in the tuned model"
+
+
+def _unfit(name: str, read: tuple[Reader, Reader], shape: tuple[int, ...], reason: str) -> Pair:
+    return Pair(name, _whole(name, shape, reason), *read, True, fits=False)
+
+
+def _resized(one: tuple[int, ...], two: tuple[int, ...]) -> str:
+    return f"it is {one} in the base and {two} {RESIZED}"
 
 
 def _whole(name: str, shape: tuple[int, ...], reason: str) -> Site:
@@ -159,17 +194,18 @@ def pairs_of_safetensors(
     for name in base:
         step(name)
         shape = base[name].shape
+        read = _reader(base, name), _reader(tuned, name)
         if shape != tuned[name].shape:
-            raise Refusal(f"'{_files.shown(name)}' is {shape} in the base and {tuned[name].shape} in the tuned model.")
+            found.append(_unfit(name, read, shape, _resized(shape, tuned[name].shape)))
+            continue
         if not (base.is_float(name) and tuned.is_float(name)):
             if base[name].dtype != tuned[name].dtype or not _same_bytes(base, tuned, name):
-                raise Refusal(f"'{_files.shown(name)}' holds {base[name].dtype} and differs: no adapter can have it.")
+                found.append(_unfit(name, read, shape, f"it holds {base[name].dtype}, to which nothing can be added"))
             continue
-        read = _reader(base, name), _reader(tuned, name)
         if not _extract.differ(read[0](), read[1]()):
             found.append(Pair(name, _whole(name, shape, "it did not change"), *read, False))
         elif len(shape) == 2 and name.endswith(".weight"):
-            found.append(_matrix(name, shape, read, layout, tables))
+            found += _matrix(name, shape, read, layout, tables)
         else:
             found.append(Pair(name, _whole(name, shape, f"{shape} is no matrix of a linear layer"), *read, True))
     tables.check_told()
@@ -177,18 +213,25 @@ def pairs_of_safetensors(
     return found
 
 
-def _matrix(name: str, shape: tuple[int, ...], read: tuple[Reader, Reader], layout: Layout, tables: Tables) -> Pair:
-    """A changed matrix: of a linear layer, of GPT-2's Conv1D, or a table."""
+def _matrix(
+    name: str, shape: tuple[int, ...], read: tuple[Reader, Reader], layout: Layout, tables: Tables
+) -> list[Pair]:
+    """A changed matrix: of a linear layer, of GPT-2's Conv1D, or a table, with the head that is tied to it."""
     dtype = np.dtype(np.float32)
     if tables.has(name):
         why = tables.tied_to_head(name)
-        site = _whole(name, shape, why) if why else Site(name, shape, dtype, "lookup", (0,), (1,))
-        return Pair(name, site, *read, True)
+        if not why:
+            return [Pair(name, Site(name, shape, dtype, "lookup", (0,), (1,)), *read, True)]
+        head = _cli_ties.head_of(tables.weights)
+        table = Pair(name, _whole(name, shape, why), *read, True, fits=bool(head))
+        # PEFT would change the table alone: whole, both have the tuned value.
+        both = head and head not in tables.weights
+        return [table, Pair(head, _whole(head, shape, f"it is tied to '{name}'"), *read, True)] if both else [table]
     turned = layout.is_conv1d(name)
     if turned is None:
         raise layout.needed(name, shape)
     shape = (shape[1], shape[0]) if turned else shape
-    return Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), *read, True, turned)
+    return [Pair(name, Site(name, shape, dtype, "linear", (1,), (0,)), *read, True, turned)]
 
 
 def _reader(weights: Weights, name: str) -> Reader:
@@ -227,18 +270,20 @@ def _leaves(
     for path, x in zip(paths, old, strict=True):
         step(path)
         x, y = np.asarray(x), np.asarray(theirs[path])
+        read = partial(np.asarray, x), partial(np.asarray, y)
         if x.shape != y.shape:
-            raise Refusal(f"'{path}' is {x.shape} in the base and {y.shape} in the tuned model.")
+            yield _unfit(path, read, x.shape, _resized(x.shape, y.shape))
+            continue
         if not jnp.issubdtype(x.dtype, jnp.floating):
             if not np.array_equal(x, y):
-                raise Refusal(f"'{path}' holds {x.dtype} and differs: no adapter can have it.")
+                yield _unfit(path, read, x.shape, f"it holds {x.dtype}, to which nothing can be added")
             continue
         site = sites[path]
         if not site.kind and x.ndim > 1:
             site = replace(site, reason="its axes are not known: only of a matrix named kernel, or with --like ADAPTER")
         elif site.reason:
             site = replace(site, kind="dense", reason=f"{x.shape} is no matrix" if x.ndim < 2 else site.reason)
-        yield Pair(path, site, partial(np.asarray, x), partial(np.asarray, y), _extract.differ(x, y))
+        yield Pair(path, site, *read, _extract.differ(x, y))
 
 
 def check_same(one: set[str], two: set[str]) -> None:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import _cli_ties as ties
-from jlora import _files, _paths, _peft_config
+from jlora import _cli_adapters as adapters
+from jlora import _cli_ties, _files, _paths, _peft_config, _ties
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_adapters import Opened, Refusal, new_folder
+from jlora._cli_base import Values
+from jlora._cli_ties import Tie
 from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
 from jlora._export_tree import write_merged
 from jlora._fold import Fold
@@ -36,7 +38,7 @@ class Report:
         added: Those of them that the base does not have.
         copied: Other files that were copied.
         left_out: Other files and folders that were not.
-        untied: Whether a head was added to a base that ties its own to its embedding.
+        untied: Whether head and embedding are one in the base and two in the merged model.
     """
 
     lost: dict[str, float] = field(default_factory=dict)
@@ -50,6 +52,21 @@ class Report:
 # --- safetensors and PEFT ----------------------------------------------------------------------------------------------
 
 
+def open_adapter(path: Path, weights: Weights, renamed: tuple[str, str]) -> Opened:
+    """Reads a PEFT adapter for a model, after a look at its names."""
+
+    def name(path: str) -> str:
+        return Plan.name(path, *renamed)
+
+    if adapters.format_of(path) == "peft":
+        task = (
+            _files.read_json(path / _peft_config.FILE).get("task_type") if (path / _peft_config.FILE).exists() else ""
+        )
+        modules = {part_of(key).module for key in open_tensors(path).header}
+        _cli_ties.check_can_untie(weights, [name(f"{module}.weight") for module in sorted(modules)], str(task))
+    return adapters.open_adapter(path, Values(weights, name))
+
+
 class Plan:
     """What becomes of each tensor of a model.
 
@@ -58,7 +75,7 @@ class Plan:
         found: A PEFT adapter.
         conv1d: See ``Layout``.
         renamed: A beginning of the adapter's names, and what stands for it in the model's.
-        tied: Names of the adapter that are another name of the model's in PyTorch.
+        tied: Names of PyTorch that are, in the model's files, another: of a head, its embedding's.
         add_new: Whether the adapter may have whole tensors that the model does not have.
     """
 
@@ -74,34 +91,103 @@ class Plan:
     ):
         self.weights, self.layout = weights, Layout(weights, conv1d)
         self.config = _peft_config.read(found.path)
+        self.task = str(found.about.get("task_type", ""))
         self.low: dict[str, tuple[LowRank, bool]] = {}
         self.full: dict[str, FullWeight] = {}
-        self.added: list[str] = []
-        names = {path: self.name(path, *renamed) for path in found.lora}
-        if renamed != ("", "") and not any(path.startswith(renamed[0]) for path in names):
+        self.sources: dict[str, str] = {}
+        self.untied = False
+        self.names = {path: _ties.bias_of_head(self.name(path, *renamed), weights) for path in found.lora}
+        lora = {self.names[path]: x for path, x in found.lora.items()}
+        ties = self._ties(tied, renamed, lora)
+        for tie in ties:
+            _cli_ties.check_one(weights, tie)
+            self._resolve(tie, lora)
+            if self.untied and renamed == ("", ""):
+                _cli_ties.check_beginning(weights, tie)
+        if renamed != ("", "") and not self.untied and not any(p.startswith(renamed[0]) for p in self.names):
             raise Refusal(
-                f"No name of the adapter begins with '{renamed[0]}' (--prefix): {_paths.listing(list(names), 3)}."
+                f"No name of the adapter begins with '{renamed[0]}' (--prefix): {_paths.listing(list(self.names), 3)}."
             )
-        for one, two in tied.items():
-            _check_tied(found.lora, one, two)
-        missing = [p for p, n in names.items() if n not in weights and p not in tied]
+        lost = [name for name in lora if self.source(name) not in weights]
         if add_new:
-            self.added = [p for p in missing if isinstance(found.lora[p], FullWeight)]
-        lost = [path for path in missing if path not in self.added]
+            lost = [name for name in lost if not isinstance(lora[name], FullWeight)]
         if lost:
-            raise self._not_there(lost, names, found.lora)
-        for path in (p for p in found.lora if p not in tied):
-            self._put(path, names[path], found.lora[path])
+            raise self._not_there(lost, lora)
+        for path, name in self.names.items():
+            if name in lora:
+                self._put(path, name, lora[name])
+        for tie in ties:
+            self._complete(tie)
+        self.added = [name for name in {**self.full, **self.sources} if name not in weights]
+        inside = {name for path, name in self.names.items() if path.startswith(renamed[0])}
+        self.beginning = renamed[0] if set(self.added) - inside and not renamed[1] else ""
         self.layout.check_used()
         self._check_carried(found.path, renamed)
-        self._check_untied(tied)
+        refusal = None if ties else _cli_ties.unsure(weights, [*self.low, *self.full], self.task)
+        if refusal is not None and not any(_ties.is_head(name) for name in self.added):
+            raise refusal
+
+    def source(self, name: str) -> str:
+        """The tensor of the base that a tensor of the merged model is made from."""
+        return self.sources.get(name, name)
+
+    def spelled(self, name: str) -> str:
+        """The name of a tensor in the merged model: a base without a head leaves out how names begin in one that has one."""
+        return name if name not in self.weights or name.startswith(self.beginning) else self.beginning + name
+
+    def _ties(self, said: Mapping[str, str], renamed: tuple[str, str], lora: Mapping[str, Adapter]) -> list[Tie]:
+        """The weights that are one in the base, as far as the adapter changes them."""
+        if not said:
+            stays = self._changes_both(lora, _cli_ties.tied(self.weights) is True) and not any(
+                _ties.is_head(name) for name in (*lora, *self.weights)
+            )
+            found = None if stays else _cli_ties.find(self.weights, lora, self.task)
+            return [] if found is None else [found]
+        ties = [Tie(self.name(one, *renamed), self.name(two, *renamed)) for one, two in said.items()]
+        for tie in ties:
+            if tie.embedding not in self.weights:
+                near = ", ".join(_files.shown(n) for n in _paths.nearest(tie.embedding, self.weights))
+                raise Refusal(f"The base has no '{_files.shown(tie.embedding)}' (--tied).\n  nearest: {near}")
+            if tie.head not in lora and tie.embedding not in lora:
+                near = ", ".join(_files.shown(n) for n in _paths.nearest(tie.head, lora))
+                raise Refusal(f"The adapter changes neither of --tied {tie.head}={tie.embedding}.\n  nearest: {near}")
+        return ties
+
+    def _resolve(self, tie: Tie, lora: dict[str, Adapter]) -> None:
+        """Whether two names of one tensor stay that. If so the adapter's second update goes; if not both are written."""
+        head, table = (lora.get(name) for name in tie)
+        if head is not None and table is not None:
+            tied = _is_same(head, table)
+        else:
+            tied = head is None and self._changes_both(lora, _ties.says(self.weights.config()) is not False)
+        if tied:
+            lora.pop(tie.head, None)
+        if tied and tie.head not in self.weights:
+            return
+        self.sources[tie.head] = tie.embedding
+        if not tied:
+            self.untied = True
+
+    def _changes_both(self, lora: Mapping[str, Adapter], tied: bool) -> bool:
+        """Whether PEFT changes head and embedding together: of trained tokens, and with ``ensure_weight_tying`` under two names."""
+        modules = (*self.config.saved, *self.config.targets)
+        tying = self.config.tying and any(m.split(".")[-1] in ("embed_tokens", "lm_head") for m in modules)
+        tables = [x for name, x in lora.items() if _ties.is_embedding(name)]
+        return tying or (tied and bool(self.config.tokens) and any(isinstance(x, FullWeight) for x in tables))
+
+    def _complete(self, tie: Tie) -> None:
+        """Where both stay one, and the base's files have both, they have one value."""
+        if tie.head in self.sources and not self.untied:
+            for changes in (self.low, self.full):
+                if tie.embedding in changes:
+                    changes[tie.head] = changes[tie.embedding]  # type: ignore[assignment]
 
     def _check_carried(self, adapter: Path, renamed: tuple[str, str]) -> None:
         """PEFT writes the base's embedding beside factors for it, and loads it from there: it has to be the base's."""
         tensors = open_tensors(adapter)
         for key in tensors.header:
             part = part_of(key)
-            name = self.name(f"{part.module}.weight", *renamed)
+            name = self.source(self.name(f"{part.module}.weight", *renamed))
             if part.role != "weight" or not key.endswith(".base_layer.weight") or name not in self.weights:
                 continue
             mine, theirs = self.weights.read(name), tensors.read(key)
@@ -113,64 +199,43 @@ class Plan:
                     "  It was trained on another base, or its vocabulary was changed."
                 )
 
-    def _check_untied(self, tied: Mapping[str, str]) -> None:
-        """Where the base ties its head to its embedding, PEFT changes only the one that the adapter is for."""
-        found = ties.tied(self.weights)
-        if found is False or tied:
-            return
-        ends = ("embed_tokens", "wte", "word_embeddings", "shared", "lm_head", "embed_out", "embed_in")
-        names = [
-            n for n in (*self.low, *self.full) if n in self.weights
-        ]  # a head that is added says itself that it is apart
-        changed = [n for n in names if n.removesuffix(".weight").split(".")[-1] in ends]
-        if changed and found:
-            raise Refusal(
-                f"config.json says that head and embedding are one, and the adapter changes '{_files.shown(changed[0])}' alone: as PEFT "
-                "has it they are two from then on.\n"
-                "  If it was trained with both tied: --tied lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
-            )
-        if changed:
-            raise Refusal(
-                f"The adapter changes '{_files.shown(changed[0])}', which may be the output head as well: the model has no other, and "
-                "config.json does not say. As PEFT has it they are two from then on.\n"
-                '  If it is not, put "tie_word_embeddings": false there. If it was trained with both tied: --tied '
-                "lm_head.weight=model.embed_tokens.weight. Else merge with PEFT."
-            )
-
     def unties(self) -> bool:
-        """Whether a head is added to a base that ties its own to its embedding."""
-        heads = [p for p in self.added if p.removesuffix(".weight").split(".")[-1] in ("lm_head", "embed_out")]
-        return bool(heads) and ties.tied(self.weights) is not False
+        """Whether head and embedding are one in the base and two in what is merged."""
+        heads = [name for name in self.added if _ties.is_head(name)]
+        return self.untied or (bool(heads) and _cli_ties.tied(self.weights) is not False)
 
     @staticmethod
     def name(path: str, old: str, new: str) -> str:
         """The name in the model of a weight of the adapter."""
         return new + path.removeprefix(old) if path.startswith(old) else path
 
-    def _not_there(self, lost: list[str], names: Mapping[str, str], lora: Mapping[str, Adapter]) -> Refusal:
-        first = names[lost[0]]
-        hints = [f"nearest to the first: {', '.join(_paths.nearest(first, self.weights))}"]
+    def _not_there(self, lost: list[str], lora: Mapping[str, Adapter]) -> Refusal:
+        first = lost[0]
+        near = ", ".join(_files.shown(name) for name in _paths.nearest(first, self.weights))
+        hints = [f"nearest to the first: {near}"]
         for cut in range(1, first.count(".")):
             tail = ".".join(first.split(".")[cut:])
             ends = [n for n in self.weights if n == tail or n.endswith(f".{tail}")]
             if len(ends) == 1:
                 hints.append(f"If these are the same: --prefix {first.removesuffix(tail)}={ends[0].removesuffix(tail)}")
                 break
-        if all(isinstance(lora[path], FullWeight) for path in lost):
+        if all(isinstance(lora[name], FullWeight) for name in lost):
             hints.append("If the adapter brings a head that the base does not have: --add-new")
-        if any(path.endswith("lm_head.weight") for path in lost):
-            hints.append("If the base ties it to its embedding: --tied lm_head.weight=model.embed_tokens.weight")
-        listed = _paths.listing([_files.shown(path) for path in lost], 4)
+        heads = [name for name in lost if _ties.is_head(name)]
+        if heads:
+            hints.append(f"If the base ties it to its embedding: {_cli_ties.say_which(self.weights, heads, [])}")
+        listed = _paths.listing([_files.shown(name) for name in lost], 4)
         return Refusal(f"The base lacks {len(lost)} of the adapter's weights: {listed}.\n  " + "\n  ".join(hints))
 
     def _put(self, path: str, name: str, adapter: Adapter) -> None:
         if name in self.low or name in self.full:
             raise Refusal(f"Two weights of the adapter are '{_files.shown(name)}' in the base.")
-        if name in self.weights:
-            have = self.weights[name]
-            if not self.weights.is_float(name):
+        source = self.source(name)
+        if source in self.weights:
+            have = self.weights[source]
+            if not self.weights.is_float(source):
                 raise Refusal(
-                    f"'{_files.shown(name)}' in the base holds {have.dtype}, which nothing can be added to.\n"
+                    f"'{_files.shown(source)}' in the base holds {have.dtype}, which nothing can be added to.\n"
                     "  Merge into the model that was not quantised."
                 )
             if isinstance(adapter, LowRank):
@@ -212,20 +277,11 @@ class Plan:
         )
 
 
-def _check_tied(lora: Mapping[str, Adapter], one: str, two: str) -> None:
-    """Raises unless two weights of the adapter have one update, or one value."""
-    for path in (one, two):
-        if path not in lora:
-            near = ", ".join(_paths.nearest(path, lora))
-            raise Refusal(f"The adapter has no '{path}' (--tied).\n  nearest: {near}")
-    updates = [np.asarray(x.value if isinstance(x, FullWeight) else x.delta(None)) for x in (lora[one], lora[two])]
-    kinds = {type(lora[one]), type(lora[two])}
-    shapes = {x.shape for x in updates}
-    if len(kinds) > 1 or len(shapes) > 1 or np.linalg.norm(updates[0] - updates[1]) > 1e-5 * np.linalg.norm(updates[0]):
-        raise Refusal(
-            f"'{one}' and '{two}' are one weight in the base (--tied), but were adapted apart.\n"
-            "  No merged model that ties them has both updates: untie the base first."
-        )
+def _is_same(one: Adapter, two: Adapter) -> bool:
+    """Whether two adapters are one update, or one value, up to rounding."""
+    x, y = (np.asarray(a.value if isinstance(a, FullWeight) else a.delta(None)) for a in (one, two))
+    same = type(one) is type(two) and x.shape == y.shape
+    return same and bool(np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x))
 
 
 def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step) -> Report:
@@ -233,15 +289,15 @@ def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step
     weights, report = plan.weights, Report(untied=plan.unties())
     name_of = {file: (file if weights.folder is not None else ONE) for file in weights.files}
     files = {name_of[file]: list(names) for file, names in weights.files.items()}
-    report.added = [name for name in plan.full if name not in weights]
+    report.added = [name for name in plan.added if name not in plan.low]
     report.replaced = [name for name in plan.full if name in weights]
-    files[list(files)[-1]] += report.added
+    files[list(files)[-1]] += plan.added
     with new_folder(out, "safetensors", force) as part:
         sizes: dict[str, int] = {}
         for file, names in files.items():
             sizes |= _write_file(part / file, names, plan, fold, step)
         if (weights.folder is not None and (weights.folder / INDEX).exists()) or len(files) > 1:
-            where = {name: file for file, names in files.items() for name in names}
+            where = {plan.spelled(name): file for file, names in files.items() for name in names}
             _files.write_json(part / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         if weights.folder is not None:
             _copy_rest(weights.folder, part, set(files), fold.dtype, report)
@@ -256,8 +312,8 @@ def _write_file(file: Path, names: list[str], plan: Plan, fold: Fold, step: Step
     with open(file, "wb") as f:
         _files.write_header(f, entries)
         for name, dtype in dtypes.items():
-            if dtype is None or (name in plan.weights and _untouched(plan, name, dtype)):
-                plan.weights.copy(name, f)
+            if dtype is None or _untouched(plan, name, dtype):
+                plan.weights.copy(plan.source(name), f)
             else:
                 contents = np.ascontiguousarray(_contents(plan, name, dtype, fold))
                 f.write(contents.reshape(-1).view(np.uint8).data)
@@ -268,28 +324,31 @@ def _write_file(file: Path, names: list[str], plan: Plan, fold: Fold, step: Step
 
 def _dtype_of(plan: Plan, name: str, fold: Fold) -> np.dtype | None:
     """Of a tensor that is written; ``None`` if it holds no floats and is copied."""
-    if name in plan.weights:
-        return fold.dtype_of(_files.FLOATS[plan.weights[name].dtype]) if plan.weights.is_float(name) else None
+    source = plan.source(name)
+    if source in plan.weights:
+        return fold.dtype_of(_files.FLOATS[plan.weights[source].dtype]) if plan.weights.is_float(source) else None
     common = (_files.FLOATS[t.dtype] for t in plan.weights.values() if t.dtype in _files.FLOATS)
     return fold.dtype_of(next(common, np.dtype(np.float32)))
 
 
 def _entry(plan: Plan, name: str, dtype: np.dtype | None) -> _files.Entry:
+    source, spelled = plan.source(name), plan.spelled(name)
     if dtype is None:
-        have = plan.weights[name]
-        return _files.Entry(name, have.dtype, have.shape, have.size)
-    shape = plan.weights[name].shape if name in plan.weights else plan.full[name].shape
-    return _files.Entry(name, _files.SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        have = plan.weights[source]
+        return _files.Entry(spelled, have.dtype, have.shape, have.size)
+    shape = plan.weights[source].shape if source in plan.weights else plan.full[name].shape
+    return _files.Entry(spelled, _files.SPELLED[dtype], shape, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
 
 
 def _untouched(plan: Plan, name: str, dtype: np.dtype) -> bool:
-    return name not in plan.low and name not in plan.full and _files.FLOATS[plan.weights[name].dtype] == dtype
+    changed = name in plan.low or name in plan.full
+    return not changed and _files.FLOATS[plan.weights[plan.source(name)].dtype] == dtype
 
 
 def _contents(plan: Plan, name: str, dtype: np.dtype, fold: Fold) -> np.ndarray:
     if name in plan.full:
         return fold.stored(name, np.asarray(plan.full[name].value), dtype)
-    w = plan.weights.read(name)
+    w = plan.weights.read(plan.source(name))
     if name not in plan.low:
         return fold.stored(name, w, dtype)
     adapter, turned = plan.low[name]
@@ -315,10 +374,10 @@ def _change_config(file: Path, dtype: np.dtype | None, untied: bool) -> None:
     found = _files.read_json(file)
     before = json.dumps(found)
     if dtype is not None:
-        for part in ties.parts(found):
+        for part in _ties.parts(found):
             part |= {key: str(dtype) for key in ("torch_dtype", "dtype") if isinstance(part.get(key), str)}
     if untied:
-        ties.untie(found)
+        _cli_ties.untie(found)
     if json.dumps(found) != before:
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

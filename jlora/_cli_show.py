@@ -30,6 +30,8 @@ ADVICE = {
     "base": "Pass the base that it was trained on.",
     "dropout": "Say which it shall have: convert and combine take --dropout RATE.",
     "factors": "Keep it in jlora's own format, or fold it into its base: jlora merge BASE ADAPTER OUT.",
+    "dtype": "Choose a wider dtype: --dtype float32. To store infinities: --overflow allow.",
+    "overflow": "The training diverged, or the factors need a wider dtype. To store infinities: --overflow allow.",
     "rank": "Lower --rank, or keep a share of each update: --energy 0.99.",
 }
 """What is said of an argument in Python, as options say it."""

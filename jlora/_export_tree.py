@@ -12,6 +12,7 @@ import numpy as np
 from jlora import _files, _hosts, _paths
 from jlora._adapters import Adapter
 from jlora._fold import Fold, Rounding
+from jlora._overflow import Overflow
 from jlora._wrap import check_base, check_lora
 
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -26,6 +27,7 @@ def save_orbax(
     dtype: Any = None,
     rounding: Rounding = "nearest",
     key: Any = None,
+    overflow: Overflow = "raise",
     overwrite: bool = False,
     progress: Progress = None,
 ) -> dict[str, float]:
@@ -42,6 +44,7 @@ def save_orbax(
         dtype: Of leaves of floats; by default each leaf's own.
         rounding: As for ``save``.
         key: A PRNG key, for stochastic rounding.
+        overflow: As for ``jlora.merge``: ``"raise"``, or ``"allow"`` to store infinities where a tensor's dtype ends.
         overwrite: Replace a checkpoint that is already there. Other files in the folder stay.
         progress: Called with the path, the number written and the number of all leaves.
 
@@ -50,7 +53,7 @@ def save_orbax(
 
     Raises:
         FileExistsError: there is something at ``folder``.
-        ValueError: an adapter belongs to another base; a leaf is empty, no array, or spread over processes.
+        ValueError: an adapter belongs to another base; a leaf is empty, no array, or spread over processes, or overflows its dtype.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, jlora, jlora.export, orbax.checkpoint as ocp
@@ -64,7 +67,7 @@ def save_orbax(
         >>> bool((back["w"] == jlora.merge(params, lora)["w"]).all())
         True
     """
-    fold = Fold(dtype, rounding, key)
+    fold = Fold(dtype, rounding, key, overflow)
     write_merged(_files.folder(folder), params, lora, fold, overwrite=overwrite, progress=progress)
     return fold.lost
 

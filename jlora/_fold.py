@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _files, _jax
+from jlora import _files, _jax, _overflow
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._dtypes import as_float
 from jlora._init import as_key, fold_path
+from jlora._overflow import Overflow
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -24,18 +25,23 @@ class Fold:
         dtype: Of the merged leaves and of those without an adapter, if they are floats; ``None`` for each leaf's own.
         rounding: To that.
         key: A PRNG key, for stochastic rounding. Each leaf has its own out of it, by its name.
+        overflow: Whether a finite leaf that its dtype cannot hold raises.
 
     Attributes:
         lost: For each merged leaf, what is lost of its update: $\lVert \mathrm{stored} - \Delta \rVert / \lVert \Delta \rVert$.
     """
 
-    def __init__(self, dtype: Any = None, rounding: Rounding = "nearest", key: Any = None):
+    def __init__(
+        self, dtype: Any = None, rounding: Rounding = "nearest", key: Any = None, overflow: Overflow = "raise"
+    ):
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding must be 'nearest' or 'stochastic'.\n  got: {rounding!r}")
         if (rounding == "stochastic") != (key is not None):
             raise ValueError(
                 "Stochastic rounding needs a key, and nothing else does: save(..., rounding='stochastic', key=key)."
             )
+        _overflow.check_choice(overflow)
+        self.overflow = overflow
         self.key = None if key is None else as_key(key, "key must be one PRNG key.")
         self.dtype = as_float(dtype)
         self.lost: dict[str, float] = {}
@@ -51,13 +57,16 @@ class Fold:
             return self.stored(name, w, self.dtype_of(w.dtype))
         if isinstance(adapter, FullWeight):
             return self.replaced(name, w, np.asarray(adapter.value))
-        return self.added(name, w, np.asarray(adapter.delta(None if isinstance(adapter, LowRank) else jnp.asarray(w))))
+        update = np.asarray(adapter.delta(None if isinstance(adapter, LowRank) else jnp.asarray(w)))
+        return self.added(name, w, update, all(np.isfinite(x).all() for x in adapter.arrays().values()))
 
-    def added(self, name: str, w: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """``w + update``, added in the wider of their dtypes, at least fp32."""
+    def added(self, name: str, w: np.ndarray, update: np.ndarray, finite: bool = True) -> np.ndarray:
+        """``w + update``, added in the wider of their dtypes, at least fp32; ``finite`` tells whether what ``update`` is made of is."""
         wide = _wide(w, update)
         total = w.astype(wide, copy=False) + update.astype(wide, copy=False)
-        stored = self.stored(name, total, self.dtype_of(w.dtype))
+        stored = self._cast(name, total, self.dtype_of(w.dtype))
+        if finite:
+            self._check(name, stored, total, w)
         self.lost[name] = _lost(stored, w, update, wide)
         return stored
 
@@ -69,18 +78,30 @@ class Fold:
         return stored
 
     def stored(self, name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """``x`` in ``dtype``; what is finite stays so, or the call fails."""
+        """``x`` in ``dtype``."""
+        if x.dtype == dtype:
+            return x
+        y = self._cast(name, x, dtype)
+        self._check(name, y, x, x)
+        return y
+
+    def _cast(self, name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if x.dtype == dtype:
             return x
         if self.key is not None and jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
             with jax.enable_x64(True) if x.dtype == np.float64 else nullcontext():
-                y = np.asarray(stochastic_round(fold_path(self.key, name), jnp.asarray(x), dtype))
-        else:
-            with np.errstate(all="ignore"):
-                y = x.astype(dtype)
-        if not np.isfinite(y).all() and np.isfinite(x).all():
-            raise ValueError(f"'{_files.shown(name)}' has values that {dtype} cannot hold.\n  Choose another dtype.")
-        return y
+                return np.asarray(stochastic_round(fold_path(self.key, name), jnp.asarray(x), dtype))
+        with np.errstate(all="ignore"):
+            return x.astype(dtype)
+
+    def _check(self, name: str, stored: np.ndarray, exact: np.ndarray, source: np.ndarray) -> None:
+        """Raises if a value is not finite as it is stored, though its source is."""
+        if self.overflow == "allow" or np.isfinite(stored).all():
+            return
+        gone = np.isfinite(source) & ~np.isfinite(stored)
+        if gone.any():
+            value = float(np.abs(exact[gone]).max())
+            raise _overflow.too_large(_files.shown(name), value, stored.dtype, "save")
 
 
 def _wide(*arrays: np.ndarray) -> np.dtype:
@@ -91,10 +112,11 @@ def _lost(stored: np.ndarray, w: np.ndarray, update: np.ndarray, wide: np.dtype)
     """The relative error of an update as it is stored; row by row, so that nothing of the leaf's size is made."""
     error = size = 0.0
     rows = (stored, w, update) if w.ndim > 1 else (x.reshape(1, -1) for x in (stored, w, update))
-    for s, x, u in zip(*rows, strict=True):
-        u = u.astype(wide)
-        off = s.astype(wide) - x.astype(wide) - u
-        error, size = error + float(np.vdot(off, off)), size + float(np.vdot(u, u))
+    with np.errstate(all="ignore"):  # infinities that were asked for
+        for s, x, u in zip(*rows, strict=True):
+            u = u.astype(wide)
+            off = s.astype(wide) - x.astype(wide) - u
+            error, size = error + float(np.vdot(off, off)), size + float(np.vdot(u, u))
     return (error / size) ** 0.5 if size > 0 else 0.0
 
 

@@ -5,18 +5,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jlora import _jax, _paths
+from jlora import _jax, _overflow, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._dtypes import as_float
+from jlora._overflow import Overflow
 from jlora._wrap import check_base, check_lora
 
+Ends = tuple[jax.Array, ...]
+"""The largest and the smallest value of a leaf; nothing where they are not known."""
 
-def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report: bool = False) -> Any:
+
+def merge(
+    params: Any,
+    lora: Mapping[str, Adapter],
+    *,
+    dtype: Any = None,
+    report: bool = False,
+    overflow: Overflow = "raise",
+) -> Any:
     r"""Returns ``params`` with every adapter folded in: $W + s\,A B$, added in the widest dtype; what was trained outright as it is.
 
     Pure and leaf by leaf; leaves without an adapter are returned as they are. Under ``jax.jit`` with ``donate_argnums=0`` it needs no
     second copy of the base.
+
+    A finite weight and finite factors can have a sum that the leaf's dtype cannot hold, as float16 ends at 65504. That raises. Two
+    numbers of each leaf tell, its largest and its smallest, which the addition finds in the same pass; the call waits for them. Under a
+    transformation (``jax.jit``, ``jax.grad``, ``jax.vmap``) values are not known, and nothing raises: the leaf holds infinities then.
+    ``report`` tells there too: what is lost of such a leaf is not finite.
 
     Args:
         params: The base.
@@ -24,6 +41,7 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
         dtype: Of the merged leaves of floats, a float of 16 bits or more; by default each keeps its own. A bf16 leaf stores only about 5
             to 10 % fine a small update: pass ``jnp.float32`` to keep all of it.
         report: Also return what rounding lost.
+        overflow: ``"raise"``, or ``"allow"`` to store infinities (NaN in dtypes without them) where a leaf's dtype ends.
 
     Returns:
         A tree like ``params``, with the same structure and shardings. With ``report``, also a dict from path to the relative error of
@@ -31,7 +49,7 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
 
     Raises:
         TypeError: arguments in another order.
-        ValueError: an adapter belongs to another base; ``dtype`` is none that weights are stored in.
+        ValueError: an adapter belongs to another base; ``dtype`` is none that weights are stored in; a merged leaf overflows its dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -46,13 +64,16 @@ def merge(params: Any, lora: Mapping[str, Adapter], *, dtype: Any = None, report
     """
     check_lora(lora, params)
     dtype = as_float(dtype, "merge(dtype=...)")
+    _overflow.check_choice(overflow)
     paths, leaves, tree = _paths.flatten(params)
     check_base(lora, paths, leaves)
-    merged, lost = [], {}
+    merged, lost, ends = [], {}, {}
     for path, leaf in zip(paths, leaves, strict=True):
         if path in lora:
-            leaf, lost[path] = _fold(leaf, lora[path], dtype, report)
+            leaf, lost[path], ends[path] = _fold(leaf, lora[path], dtype, report)
         merged.append(leaf)
+    if overflow == "raise":
+        _check_ends(ends, dict(zip(paths, leaves, strict=True)), lora, dict(zip(paths, merged, strict=True)))
     out = jax.tree_util.tree_unflatten(tree, merged)
     return (out, lost) if report else out
 
@@ -82,7 +103,7 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
     return {path: adapter.delta(base[path]) for path, adapter in lora.items()}
 
 
-def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any]:
+def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any, Ends]:
     w = jnp.asarray(leaf)
     dtype = dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
     # What replaces the leaf is stored as it is: w + (value - w) is not the value where w is large.
@@ -90,30 +111,73 @@ def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Ar
     update: Any = adapter.delta(w) if report or whole is None else None
     # The product of factors is nobody else's; what other kinds of adapters give may be their own array.
     ours = isinstance(adapter, LowRank) and not report
-    stored = _sum(w, update, dtype, ours) if whole is None else whole.astype(dtype)
+    stored, ends = _sum(w, update, dtype, ours) if whole is None else _cast(whole, dtype)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)
-    return stored, _lost(stored, w, update, whole) if report else None
+    return stored, _lost(stored, w, update, whole) if report else None, ends
 
 
-def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool) -> jax.Array:
+def _cast(whole: jax.Array, dtype: Any) -> tuple[jax.Array, Ends]:
+    """A leaf that replaces the base's; as it is if it has the dtype already."""
+    return (whole, ()) if whole.dtype == dtype else _narrowed(whole, dtype=dtype, ends=_is_known(whole))
+
+
+def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool) -> tuple[jax.Array, Ends]:
     """``w + update``, added in the widest dtype: one pass, in the update's own memory where it is ours and that can be."""
     fits = ours and update.dtype == dtype and _on_one_device(w) and _on_one_device(update)
-    return (_added_in_place if fits else _added)(w, update, dtype=dtype)
+    return (_added_in_place if fits else _added)(w, update, dtype=dtype, ends=_is_known(w, update))
+
+
+def _is_known(*arrays: Any) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def _on_one_device(x: jax.Array) -> bool:
-    return not isinstance(x, jax.core.Tracer) and len(x.devices()) == 1
+    return _is_known(x) and len(x.devices()) == 1
 
 
-def _add(w: jax.Array, update: jax.Array, dtype: Any) -> jax.Array:
+def _add(w: jax.Array, update: jax.Array, dtype: Any, ends: bool) -> tuple[jax.Array, Ends]:
     wide = _jax.promote(w.dtype, update.dtype, dtype)
-    return (w.astype(wide) + update.astype(wide)).astype(dtype)
+    return _with_ends((w.astype(wide) + update.astype(wide)).astype(dtype), ends)
 
 
-_added = jax.jit(_add, static_argnames="dtype")
-_added_in_place = jax.jit(_add, static_argnames="dtype", donate_argnames="update")
+def _narrow(whole: jax.Array, dtype: Any, ends: bool) -> tuple[jax.Array, Ends]:
+    return _with_ends(whole.astype(dtype), ends)
+
+
+def _with_ends(stored: jax.Array, wanted: bool) -> tuple[jax.Array, Ends]:
+    """``stored`` with its largest and smallest values, one of which is infinite or NaN if any is.
+
+    Not ``isfinite(stored).all()``, for which XLA:CPU makes another array, nor ``max(abs(stored))``, for which it does in float16.
+    """
+    parts = (stored.real, stored.imag) if jnp.iscomplexobj(stored) else (stored,)
+    return stored, tuple(end(x, initial=0) for x in parts for end in (jnp.max, jnp.min)) if wanted else ()
+
+
+def _check_ends(
+    ends: Mapping[str, Ends], base: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any]
+) -> None:
+    """Raises if a leaf is not finite where all that it is made of is."""
+    for path, found in jax.device_get(ends).items():
+        if not all(np.isfinite(np.asarray(x, np.float64)) for x in found):
+            w, adapter, stored = jnp.asarray(base[path]), lora[path], merged[path]
+            gone = jnp.isfinite(w) & ~jnp.isfinite(stored)
+            if bool(gone.any()) and all(bool(jnp.isfinite(x).all()) for x in adapter.arrays().values()):
+                raise _overflow.too_large(path, _largest(w, adapter, gone), stored.dtype, "merge")
+
+
+def _largest(w: jax.Array, adapter: Adapter, where: jax.Array) -> float:
+    """The largest of some values of a merged leaf, as fp32 has them."""
+    wide = _jax.promote(w.dtype, jnp.float32)
+    w, adapter = jax.tree.map(lambda x: x.astype(wide), (w, adapter))
+    total = adapter.value if isinstance(adapter, FullWeight) else w + adapter.delta(w)
+    return float(jnp.max(jnp.where(where, jnp.abs(total), 0)))
+
+
+_narrowed = jax.jit(_narrow, static_argnames=("dtype", "ends"))
+_added = jax.jit(_add, static_argnames=("dtype", "ends"))
+_added_in_place = jax.jit(_add, static_argnames=("dtype", "ends"), donate_argnames="update")
 
 
 def _lost(stored: jax.Array, w: jax.Array, update: jax.Array, whole: jax.Array | None) -> jax.Array:

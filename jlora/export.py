@@ -4,7 +4,6 @@ Leaves are merged and written one by one, so that no second copy of the base is 
 ``pip install "jlora[peft]"``.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -21,10 +20,12 @@ from jlora._adapters import Adapter, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
 from jlora._dtypes import FLOATS
+from jlora._export_config import Ends, as_mapping, kept
 from jlora._export_tree import save_orbax as save_orbax
 from jlora._fold import Fold, Rounding
 from jlora._fold import stochastic_round as stochastic_round
 from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
+from jlora._overflow import Overflow
 from jlora._sites import Site, Sites
 from jlora._wrap import check_base, check_lora
 
@@ -55,8 +56,9 @@ def save(
     dtype: Any = None,
     rounding: Rounding = "nearest",
     key: Any = None,
+    overflow: Overflow = "raise",
     shard_bytes: int = 5 * 10**9,
-    config: Mapping[str, Any] | None = None,
+    config: Any = None,
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -73,10 +75,12 @@ def save(
         rounding: To ``dtype``: ``"nearest"`` loses what is smaller than half a unit of the last place; ``"stochastic"`` rounds up or down
             with the probability that keeps the mean.
         key: A PRNG key, for stochastic rounding.
+        overflow: As for ``jlora.merge``: ``"raise"``, or ``"allow"`` to store infinities where a tensor's dtype ends.
         shard_bytes: The most bytes of one file; a tensor that is larger has a file of its own.
-        config: What ``config.json`` holds: a mapping, such as ``cfg.to_dict()`` of a configuration of transformers.
+        config: What ``config.json`` holds: a mapping, or an object with ``to_dict()``, such as a configuration of transformers. Where the
+            written head differs from the embedding, ``tie_word_embeddings`` is made false in it: transformers drops the head otherwise.
         overwrite: Replace an export that is already there: its weights, all shards of them, and ``config.json`` if ``config`` is given.
-            Other files in the folder stay.
+            Other files in the folder stay; of a ``config.json`` that stays, ``tie_word_embeddings`` is made what it has to be.
         progress: Called with the name, the number written and the number of all tensors.
 
     Returns:
@@ -84,8 +88,10 @@ def save(
 
     Raises:
         FileExistsError: there is something at ``folder``.
-        TypeError: ``config`` is no mapping of what JSON has.
-        ValueError: two leaves have one name; an adapted leaf has none; an adapter or ``sites`` belongs to another base.
+        TypeError: ``config`` is neither, or holds what JSON has not.
+        ValueError: ``config`` and the weights disagree on whether head and embedding are one, and the flag cannot be changed; two
+            leaves have one name; an adapted leaf has none; an adapter or ``sites`` belongs to another base; a tensor overflows its
+            dtype.
 
     References:
         Gupta et al., 2015, arXiv:1502.02551 (stochastic rounding).
@@ -93,9 +99,11 @@ def save(
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
     _files.check_free(path, **options)
-    _check_config(config)
-    export = _Export(params, lora, sites, names, Fold(dtype, rounding, key))
+    config = as_mapping(config)
+    export = _Export(params, lora, sites, names, Fold(dtype, rounding, key, overflow))
     shards = _shards(export.entries, shard_bytes)
+    ends = Ends((e.name, e.shape, export.is_both(e.place.path)) for e in export.entries)
+    config = kept(path, config, ends)
     done = 0
     with _files.new_folder(path, **options) as part:
         for file, entries in shards.items():
@@ -104,7 +112,9 @@ def save(
                     f, (_files.Entry(e.name, _files.SPELLED[e.dtype], e.shape, e.bytes) for e in entries)
                 )
                 for entry in entries:
-                    f.write(export.contents(entry))
+                    contents = export.contents(entry)
+                    ends.saw(entry.name, contents)
+                    f.write(contents)
                     done += 1
                     if progress is not None:
                         progress(entry.name, done, len(export.entries))
@@ -113,20 +123,9 @@ def save(
         if len(shards) > 1:
             _files.write_json(part / INDEX, _index(shards))
         if config is not None:
+            ends.mend(config)
             _files.write_json(part / "config.json", config)
     return export.fold.lost
-
-
-def _check_config(config: Any) -> None:
-    if config is not None and not isinstance(config, Mapping):
-        raise TypeError(
-            f"config must be a mapping, what config.json holds.\n  got: {type(config).__name__}\n"
-            "  Of a configuration of transformers: save(..., config=cfg.to_dict())."
-        )
-    try:
-        json.dumps(config, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"config must hold what JSON has: {error}.") from None
 
 
 def load(
@@ -270,6 +269,10 @@ class _Export:
                 place, axes, weight = self.tree.place(place.weight.name)
                 shape = _layouts.torch_shape(axes, weight)
                 yield _Entry(weight.name, place, shape, self.fold.dtype_of(own))
+
+    def is_both(self, path: str) -> bool:
+        """Whether a leaf is looked up and multiplied with."""
+        return {"lookup", "linear"} <= set(self.tree.sites[path].kind.split("+"))
 
     def contents(self, entry: _Entry) -> bytes:
         """The contents of one tensor."""

@@ -236,11 +236,11 @@ def test_only_one_layer_of_a_rematerialised_stack_is_scaled_at_a_time():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merge_adds_in_the_memory_of_the_update(dtype):
-    w, update = jnp.ones((64, 32), dtype), jnp.full((64, 32), 2.0)
-    program = _merge._added_in_place.lower(w, update, dtype=jnp.float32).compile().memory_analysis()
-    assert program.temp_size_in_bytes == 0
+    w, update = jnp.ones((256, 64), dtype), jnp.full((256, 64), 2.0)
+    program = _merge._added_in_place.lower(w, update, dtype=jnp.float32, ends=True).compile().memory_analysis()
+    assert program.temp_size_in_bytes < 128  # the largest and the smallest value
     assert program.alias_size_in_bytes == update.nbytes
-    stored = _merge._sum(w, update, jnp.float32, ours=True)
+    stored, _ = _merge._sum(w, update, jnp.float32, ours=True)
     assert update.is_deleted()
     assert not w.is_deleted()
     assert (stored == 3.0).all()

@@ -302,21 +302,6 @@ def test_saving_is_refused(options, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_configuration_is_a_mapping(tmp_path):
-    class Config:
-        def to_dict(self):
-            return {"hidden": 3}
-
-    with pytest.raises(TypeError, match=r"config must be a mapping.*\n  got: Config\n.*config=cfg.to_dict\(\)"):
-        jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=Config())
-    for wrong in ({"dtype": jnp.float32}, {"x": float("nan")}):
-        with pytest.raises(TypeError, match="config must hold what JSON has"):
-            jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=wrong)
-    assert list(tmp_path.iterdir()) == []
-    jlora.export.save(tmp_path / "m", PARAMS, sites=SITES, config=Config().to_dict())
-    assert json.loads((tmp_path / "m" / "config.json").read_text()) == {"hidden": 3}
-
-
 def test_another_base_is_refused(tmp_path):
     other = jlora.sites(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 5))}, X)
     with pytest.raises(ValueError, match="The sites were found for other parameters"):

@@ -75,6 +75,9 @@ def test_what_changed_beside_matrices(here):
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
 
 
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+
+
 def test_extracting_an_embedding(here):
     base = base_of("llama", here)
     name = "model.embed_tokens.weight"
@@ -183,3 +186,64 @@ def test_extract_says_what_it_keeps_whole(here):
     assert found["reasons"]["params/up/bias"] == "(5,) is no matrix"
     lora = jlora.load(here / "a", PARAMS)
     assert (lora[MIX].use, lora["params/up/bias"].use) == ("", "dense")
+
+
+def test_a_tied_table_that_is_kept_whole_is_the_head_too(here):
+    """PEFT would change the lookups alone: the adapter has both, which ``merge`` keeps as one."""
+    base = base_of("llama_tied", here, tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    after = tuned(
+        base, lambda f: f.update({name: f[name] + low_rank((23, 24)), UP_PROJ: f[UP_PROJ] + low_rank(f[UP_PROJ].shape)})
+    )
+    options = ("--rank", 3, "--rest", "full", "--embedding", name)
+    assert set(called("extract", base, after, "a", *options)["whole"]) == {name, "lm_head.weight"}
+    assert called("merge", base, "a", "out")["untied"] is False
+    got, want = (load_file(x / "model.safetensors") for x in (here / "out", after))
+    assert set(got) == set(want)
+    for key, x in want.items():
+        np.testing.assert_allclose(got[key], x, atol=1e-5)
+    for folder in (base, after):  # nothing tells the name of the head, or whether there is one
+        (folder / "config.json").write_text('{"model_type": "mine", "tie_word_embeddings": true}')
+    assert "that no adapter of the base can have" in call("extract", base, after, "b", *options, code=2)
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    assert 'put "tie_word_embeddings": false there' in call("extract", base, after, "b", *options, code=2)
+
+
+def resized(here, form):
+    """A base, and what was trained of it with two more tokens."""
+
+    def more(x):
+        return np.concatenate([x, x[:2]])
+
+    if form == "safetensors":
+        base = base_of("llama", here)
+        names, other = ["model.embed_tokens.weight", "lm_head.weight"], "model.layers.0.self_attn.q_proj.weight"
+        after = tuned(base, lambda f: f.update({n: more(f[n]) for n in names} | {other: f[other] + low_rank((24, 24))}))
+        return base, after, names, other
+    after = jax.tree.map(lambda x: x, PARAMS)
+    after["params"]["up"] = {"kernel": PARAMS["params"]["up"]["kernel"] + low_rank((3, 5), 1), "bias": jnp.ones(7)}
+    return checkpoint(here / "p", PARAMS), checkpoint(here / "q", after), ["params/up/bias"], UP
+
+
+@pytest.mark.parametrize("form", ["safetensors", "orbax"])
+def test_a_vocabulary_that_was_resized_is_left_out_if_asked(form, here, own):
+    base, after, names, other = resized(here, form)
+    message = call("extract", base, after, "a", "--rank", 3, code=2)
+    assert f"{len(names)} tensors changed that get no factors" in message
+    assert "Leave them out with --rest ignore.\n  If the vocabulary was resized, resize the base's as well" in message
+    message = call("extract", base, after, "a", "--rank", 3, "--rest", "full", code=2)
+    assert f"{len(names)} tensors changed that no adapter of the base can have" in message
+    found = called("extract", base, after, "a", "--rank", 3, "--rest", "ignore")
+    assert sorted(found["ignored"]) == sorted(names)
+    assert all("in the base and (" in found["reasons"][name] for name in names)
+    assert [x["path"] for x in found["sites"]] == [other]
+    call("merge", base, "a", "out")
+
+
+def test_integers_that_differ_are_left_out_if_asked(here):
+    base, after = two_models(here, q_proj=(5, 8))
+    for folder, ids in ((base, [1, 2]), (after, [1, 3])):
+        found = load_file(folder / "model.safetensors")
+        save_file(found | {"ids": np.array(ids)}, folder / "model.safetensors")
+    assert "ids: it holds I64, to which nothing can be added" in call("extract", base, after, "a", "--rank", 2, code=2)
+    assert called("extract", base, after, "a", "--rank", 2, "--rest", "ignore")["ignored"] == ["ids"]

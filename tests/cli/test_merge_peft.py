@@ -5,7 +5,6 @@ import re
 import shutil
 
 import numpy as np
-import pytest
 from cli_case import PEFT, base_of, call, called
 from safetensors.numpy import load_file, save_file
 
@@ -79,24 +78,3 @@ def test_square_parameters_are_as_peft_has_them(here):
     assert "is (3, 5, 5) in the base" in call("merge", "base", "two", "x", code=2)
     parameter_adapter(here / "new", (3, 5, 5))
     assert "depends on the module (is_transposed)" in call("merge", "base", "new", "x", code=2)
-
-
-@pytest.mark.parametrize("said", [{"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}, {}])
-def test_a_head_that_is_added_to_a_tied_base_unties_it(here, said):
-    """A base whose configuration is silent is tied too, if it has no head: that is transformers' default."""
-    base = base_of("llama_tied", here, **said)
-    shutil.copytree(PEFT / "llama", here / "a")
-    file = here / "a" / "adapter_model.safetensors"
-    head = np.ones((23, 24), np.float32)
-    save_file(load_file(file) | {"base_model.model.lm_head.weight": head}, file)
-    config = json.loads((here / "a" / "adapter_config.json").read_text())
-    (here / "a" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
-    assert "--add-new" in call("merge", base, "a", "out", code=2)
-    assert called("merge", base, "a", "out", "--add-new")["untied"] is True
-    written = json.loads((here / "out" / "config.json").read_text())
-    assert written["tie_word_embeddings"] is False
-    assert written.get("text_config", {"tie_word_embeddings": False}) == {"tie_word_embeddings": False}
-    np.testing.assert_array_equal(load_file(here / "out" / "model.safetensors")["lm_head.weight"], head)
-    assert "tie_word_embeddings in config.json is false" in call("merge", base, "a", "out", "--add-new", "--force")
-    assert called("merge", base, PEFT / "llama", "plain")["untied"] is False
-    assert (here / "plain" / "config.json").read_bytes() == (base / "config.json").read_bytes()

@@ -198,6 +198,19 @@ def test_a_tied_head_has_one_update(here):
     assert "The adapter has no 'a'" in call("merge", base, "apart", "out", "--tied", "a=b", code=2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "config"), [("gpt2_table", {"tie_word_embeddings": True}), ("gpt2_table", {}), ("llama_head", {})]
+)
+def test_one_use_of_a_tied_table_is_not_merged(kind, config, here):
+    """PEFT adapts the one module alone: in the base's files both are one tensor."""
+    base = base_of(kind, here, **config)
+    message = call("merge", base, PEFT / kind, "out", code=2)
+    assert (
+        "The base lacks 1 of the adapter's weights" if kind == "llama_head" else "they are two from then on"
+    ) in message
+    assert not (here / "out").exists()
+
+
 def test_a_quantised_or_other_base_is_refused(here):
     base = base_of("llama", here)
     found = load_file(base / "model.safetensors")

@@ -4,6 +4,7 @@ An adapter is a registered pytree node, so that ``jax.grad``, optax and orbax se
 stands in the program where the leaf stood; the interpreter asks for no more, and does not know LoRA from any other kind.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, ClassVar
@@ -121,6 +122,8 @@ class LowRank(Adapter):
         window: Of a convolution, the inputs that its window runs along.
         groups: Of a grouped convolution, the number of its groups; 0 of a transposed one, below zero if that is in groups.
         dilated: Of a convolution, whether its window has gaps, as ``Site.dilated``.
+        only: The kind of use that has the update, ``"lookup"``, ``"linear"`` or ``"conv"``, where a leaf is used in several ways (a table
+            that is also the output head); the other uses have the plain base. Empty for all uses.
 
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1.
@@ -141,6 +144,7 @@ class LowRank(Adapter):
     window: tuple[int, ...] = static(default=())
     groups: int = static(default=1)
     dilated: bool = static(default=False)
+    only: str = static(default="")
 
     @property
     def rank(self) -> int:
@@ -173,11 +177,12 @@ class LowRank(Adapter):
             sizes = self.a.shape[: len(self.batch)]
             parts.append(jax.random.split(key, sizes) if sizes else key)
             labels.append(self.batch)
+        branch = branch._replace(only=self.only)
         whole = Factored(w, tuple(parts), tuple(labels), branch, scale=float(self.scale))
         return whole.map_parts(w, lambda part, ls: (part, ls))
 
     def delta(self, w: jax.Array | None = None) -> jax.Array:
-        """``scale * a @ b`` in the leaf's shape and the factors' dtype."""
+        """``scale * a @ b`` in the leaf's shape and the factors' dtype, whichever uses have it."""
         del w
         shell = jax.ShapeDtypeStruct(self.shape, self.a.dtype)
         return self.enter(shell, Branch(""), None).update()  # type: ignore[arg-type]  # only the shape is read
@@ -232,6 +237,16 @@ class FullWeight(Adapter):
 
 
 KINDS: dict[str, type[Adapter]] = {cls.kind: cls for cls in (LowRank, FullWeight)}
+
+
+def check_mergeable(lora: Mapping[str, Adapter]) -> None:
+    """Raises if the update of a leaf is for one kind of its uses: no value of the leaf has the adapter's effect."""
+    for path, x in lora.items():
+        if isinstance(x, LowRank) and x.only:
+            raise ValueError(
+                f"'{path}' cannot be merged: its adapter is for one kind of use, {x.only}, and the base has one leaf for all ({x.use}).\n"
+                "  Keep the adapter beside the base (jlora.wrap), or untie the model: give it a leaf for each use."
+            )
 
 
 def is_adapter(x: Any) -> bool:

@@ -65,6 +65,11 @@ def several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
                 f"The adapters split '{path}' differently: {_spelled(before)}, and {_spelled(x)}.\n"
                 "  Make both with the sites of one function."
             )
+        if getattr(x, "only", "") != getattr(before, "only", ""):
+            raise ValueError(
+                f"The adapters are for different uses of '{path}': {_only(before)}, and {_only(x)}.\n"
+                "  No adapter has an update for each: keep them apart, or untie the model."
+            )
         if isinstance(x, LowRank):
             seen[path] = x
     return loras, weights
@@ -95,6 +100,10 @@ def _is_number(w: Any) -> bool:
 
 def _roles(x: LowRank) -> tuple[tuple[int, ...], ...]:
     return x.inputs, x.outputs, x.batch
+
+
+def _only(x: Adapter) -> str:
+    return f"{x.only} only" if isinstance(x, LowRank) and x.only else "all"
 
 
 def _spelled(x: LowRank) -> str:

@@ -41,7 +41,7 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
         [
             (
                 s["path"],
-                s["use"],
+                f"{s['use']} ({s['only']} only)" if s["only"] else s["use"],
                 shape(s["shape"]),
                 dash(s["rank"]),
                 number(s["scale"]),
@@ -65,7 +65,7 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
 
 
 def _described(path: str, kind: str, use: str, shape: Sequence[int], parameters: int) -> dict[str, Any]:
-    out = {"path": path, "kind": kind, "use": use, "shape": list(shape), "rank": None, "scale": None}
+    out = {"path": path, "kind": kind, "use": use, "only": None, "shape": list(shape), "rank": None, "scale": None}
     return out | {"parameters": parameters, "norm": None, "effective_rank": None}
 
 
@@ -79,7 +79,7 @@ def _site(path: str, x: Any, step: Callable[[str], None]) -> dict[str, Any]:
     if isinstance(x, LowRank):
         values = algebra.spectrum({path: x})[path]
         ranks = np.asarray(algebra.effective_rank(values)).tolist()
-        out |= {"use": x.use, "rank": x.rank, "scale": x.scale, "effective_rank": ranks}
+        out |= {"use": x.use, "only": x.only or None, "rank": x.rank, "scale": x.scale, "effective_rank": ranks}
         out["norm"] = float(jnp.linalg.norm(values.reshape(-1)))
     step(path)
     return out

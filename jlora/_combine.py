@@ -67,7 +67,7 @@ def combine_low(path: str, terms: Terms, rank: int | None, mix: Mix | None) -> L
         for (w, _), (a, b) in zip(terms, pairs, strict=True)
     ]
     svd = _svd.dense_svd(mix(updates), rank)
-    spare = _svd.spare_norm(pairs[0][0].shape[-2], like.use)
+    spare = _svd.spare_norm(pairs[0][0].shape[-2], like.only or like.use)
     return _svd.rebuild(like, *_svd.factors(svd, rank, spare, like.scale))
 
 

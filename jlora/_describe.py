@@ -17,7 +17,8 @@ from jlora._advice import Advised
 from jlora._sharding import followed
 from jlora._wrap import check_base, check_lora
 
-FORMAT = 1
+FORMAT, WITH_ONLY = 1, 2
+"""Of descriptions, and of those with an adapter for one kind of use, which a version that does not know of it must not read as for all."""
 
 
 def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
         _ = adapter.shape  # raises for a stack of adapters, which load could not read
     (base,) = bases
     return {
-        "format": FORMAT,
+        "format": WITH_ONLY if any(getattr(adapter, "only", "") for adapter in lora.values()) else FORMAT,
         "jlora": __version__,
         "adapters": {path: _entry(adapter) for path, adapter in sorted(lora.items())},
         "base": [[path, list(shape), dtype] for path, shape, dtype in base.leaves],
@@ -67,9 +68,9 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
         ValueError: the description is damaged or of a newer format; ``params`` is another base (the first difference is named).
     """
     try:
-        if description["format"] != FORMAT:
+        if description["format"] not in (FORMAT, WITH_ONLY):
             raise ValueError(
-                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
+                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT} and {WITH_ONLY}.\n  Update jlora."
             )
         base = Fingerprint(description["base"], partial=description.get("partial") is True)
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
@@ -115,7 +116,7 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
             "scale": adapter.scale,
             "dropout": adapter.dropout,
         }
-        entry |= rule | {"dilated": adapter.dilated}
+        entry |= rule | {"dilated": adapter.dilated} | ({"only": adapter.only} if adapter.only else {})
     if isinstance(adapter, LowRank | FullWeight):
         entry |= {"inputs": adapter.inputs, "outputs": adapter.outputs, "batch": adapter.batch}
         entry |= {"use": adapter.use, "window": adapter.window, "groups": adapter.groups}
@@ -140,6 +141,11 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     if kind is LowRank:
         static |= {"scale": float(entry["scale"]), "dropout": float(entry["dropout"])}
         static["dilated"] = bool(entry.get("dilated", False))
+        static["only"] = entry.get("only", "")
+        if static["only"] not in ("", *static["use"].split("+")):
+            raise ValueError(
+                f"The description of the adapter is damaged: only is {static['only']!r}, use is {static['use']!r}."
+            )
         if not (math.isfinite(static["scale"]) and static["scale"] > 0):
             raise ValueError(f"The description of the adapter is damaged: scale is {static['scale']}.")
         if not 0 <= static["dropout"] < 1:

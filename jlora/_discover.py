@@ -32,11 +32,12 @@ NONE: Axes = frozenset()
 
 
 class SiteUse(NamedTuple):
-    """One use of a leaf: its ``kind`` (``linear``, ``conv``, ``lookup``, ``dense``), the primitive, and the source line."""
+    """One use of a leaf: its ``kind`` (``linear``, ``conv``, ``lookup``, ``dense``), the primitive, the source line, and its input axes."""
 
     kind: str
     operation: str
     where: str
+    inputs: tuple[int, ...] = ()
 
 
 class Seen(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jlora import _files, _hosts, _paths
-from jlora._adapters import Adapter
+from jlora._adapters import Adapter, check_mergeable
 from jlora._fold import Fold, Rounding
 from jlora._overflow import Overflow
 from jlora._wrap import check_base, check_lora
@@ -90,6 +90,7 @@ def write_merged(
         check_lora(lora, params)
     paths, leaves, tree = _paths.flatten(params)
     check_base(lora or {}, paths, leaves)
+    check_mergeable(lora or {})
 
     def made(name: str, leaf: Any) -> Any:
         merged = fold.merged(name, leaf, (lora or {}).get(name))

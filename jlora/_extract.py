@@ -69,6 +69,11 @@ def extract(w: Any, v: Any, rule: Rule, site: Site, base: Fingerprint) -> tuple[
     dtype = rule.dtype or _jax.promote(site.dtype, jnp.float32)
     if isinstance(rule, Full):
         return whole_of_site(jnp.array(v, dtype=dtype, copy=True), site, base), 1.0
+    if rule.only and site.kinds != (rule.only,):
+        raise ValueError(
+            f"Two checkpoints differ in all uses of '{site.path}' ({site.kind}), and the rule is for {rule.only} only.\n"
+            f"  Leave out only={rule.only!r}."
+        )
     old, new = _both(w, v)
     with np.errstate(all="ignore"):  # what is not finite raises here
         moved = _svd.whole(jnp.asarray(new - old))

@@ -26,10 +26,21 @@ from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes, 
 
 
 class Branch(NamedTuple):
-    """What the whole program knows of one adapted leaf: its path, and the dropout rate of its adapter branch."""
+    """What the whole program knows of one adapted leaf.
+
+    Attributes:
+        path: Of the leaf.
+        dropout: The rate of dropout on its adapter branch.
+        only: The kind of use that the update is for, as ``LowRank.only``; empty for all.
+    """
 
     path: str
     dropout: float = 0.0
+    only: str = ""
+
+    def takes(self, kind: str) -> bool:
+        """Whether a use of this kind has the update; any other has the plain base."""
+        return self.only in ("", kind)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -88,7 +88,7 @@ def _spelled(rule: Rule, site: Site) -> str:
     if not isinstance(rule, LoRA):
         return f"{axes} full {rule.dtype}"
     start = rule.init_a if isinstance(rule.init_a, str) else "function"
-    return f"{axes} {rule.rank} {rule.scale} {rule.dropout} {rule.dtype} {start}"
+    return f"{axes} {rule.rank} {rule.scale} {rule.dropout} {rule.dtype} {start} {rule.only}"
 
 
 def as_key(key: Any, otherwise: str) -> jax.Array:
@@ -120,18 +120,28 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
     shapes = {"a": (*batch, *inputs, rule.rank), "b": (*batch, rule.rank, *outputs)}
 
     def adapter(a: Any, b: Any) -> LowRank:
-        return of_site(a, b, site, rule.scale, rule.dropout, sites.base)
+        return of_site(a, b, site, rule.scale, rule.dropout, sites.base, rule.only)
 
     where = _born(leaf, adapter(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values())), site.path)
-    fan_in = 1 if site.kind == "lookup" else prod(inputs)
-    a = _fill_a(fold_path(key, site.path), rule, shapes["a"], dtype, fan_in, where["a"])
-    return adapter(a, _random(key, "zeros", shapes["b"], dtype, fan_in, where["b"]))
+    # What meets the activations is random, the other zero: B and A where only products are adapted that sum over the table's outputs.
+    first, second = ("b", "a") if _sums_over_outputs(site, rule.only) else ("a", "b")
+    fan_in = 1 if (rule.only or site.kind) == "lookup" else prod(inputs if first == "a" else outputs)
+    filled = _fill_a(fold_path(key, site.path), rule, shapes[first], dtype, fan_in, where[first])
+    zeros = _random(key, "zeros", shapes[second], dtype, fan_in, where[second])
+    return adapter(**{first: filled, second: zeros})
 
 
-def of_site(a: Any, b: Any, site: Site, scale: float, dropout: float, base: Any) -> LowRank:
-    """The adapter of a site from its factors."""
+def _sums_over_outputs(site: Site, only: str | None) -> bool:
+    """Whether all uses of the one kind that is adapted sum over what lookups, which name the axes, leave."""
+    summed = [set(use.inputs) - set(site.batch) for use in site.uses if use.kind == only]
+    return bool(summed) and all(axes and axes <= set(site.outputs) for axes in summed)
+
+
+def of_site(a: Any, b: Any, site: Site, scale: float, dropout: float, base: Any, only: str | None = None) -> LowRank:
+    """The adapter of a site from its factors, for ``only`` one kind of its uses if there are others."""
     axes = (site.inputs, site.outputs, site.batch)
-    return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups, site.dilated)
+    some = only if only and site.kinds != (only,) else ""
+    return LowRank(a, b, *axes, scale, dropout, base, site.kind, site.window, site.groups, site.dilated, some)
 
 
 def whole_of_site(value: Any, site: Site, base: Any) -> FullWeight:

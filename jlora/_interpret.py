@@ -116,17 +116,22 @@ class Interpreter:
         try:
             if name in USES:
                 values, positions = self.parted(values, positions)
-                if name == "dot_general" and len(positions) == 2:
-                    return by_weight(eqn, *values)
-                if is_mixed(eqn, positions[-1], self.data):
-                    return by_constant(eqn, positions[-1], values)
+                two = name == "dot_general" and len(positions) == 2
+                if two or is_mixed(eqn, positions[-1], self.data):
+                    for i in positions:  # what a later use makes of it is not told here
+                        self.check_told(values[i], name)
+                    return by_weight(eqn, *values) if two else by_constant(eqn, positions[-1], values)
             if name in JOINS:
                 # Rows of a table that meet data are activations; those that meet other weights may be a weight in another order.
                 if any(_jax.among(v, self.data) for i, v in enumerate(eqn.invars) if i not in positions):
                     values = [self.rows(v) for v in values]
+                    for v in values:
+                        self.check_told(v, name)
                 return join(eqn, values) if any(isinstance(v, Factored) for v in values) else _jax.bind(eqn, values)
             if name in RULES and len(positions) == 1:
                 position = positions[0]
+                if not self.takes(eqn, position, values[position]):
+                    return _jax.bind(eqn, [v.w if i == position else v for i, v in enumerate(values)])
                 outs = RULES[name](eqn, position, values, self.count(values[position].branch.path), self.matrix)
                 if name == "gather" and _jax.among(eqn.invars[1], self.data):
                     return [self.looked_up(out) for out in outs]
@@ -134,6 +139,28 @@ class Interpreter:
         except Dense as error:
             reason = str(error)
         return _jax.bind(eqn, [self.dense(v, name, reason) for v in values])
+
+    def takes(self, eqn: Eqn, position: int, value: Factored) -> bool:
+        """Whether an equation is a use that has the update of its weight, or no use at all."""
+        if not value.branch.only or eqn.primitive.name not in USES:
+            return True
+        if value.row is not None or self.data:  # where nothing is data, what the function closed over is
+            met = [v for i, v in enumerate(eqn.invars[:2]) if i != position]
+            if not any(_jax.among(v, self.data) for v in met):
+                self.check_told(value, eqn.primitive.name)
+        return value.branch.takes("conv" if eqn.primitive.name == "conv_general_dilated" else "linear")
+
+    def check_told(
+        self, value: Any, operation: str, reason: str = "it is neither a lookup nor a product with data"
+    ) -> None:
+        """Raises if it matters for ``value`` what kind of use an operation is."""
+        if isinstance(value, Factored) and value.branch.only:
+            place = f" at {_jax.where(self.within)}" if self.within else ""
+            raise DenseWeightError(
+                f"The adapter of '{self.name(value.branch.path)}' is for one kind of use, {value.branch.only}, and what kind this is "
+                f"cannot be told.\n  operation: {operation}{place}\n  reason: {reason or 'the weight is needed as it is'}\n"
+                "  Move the operation out of the wrapped function, or adapt all uses: LoRA(only=None)."
+            )
 
     def call(self, body: _jax.Program, key: Any, transform: Any, fn: Any, values: list[Any]) -> list[Any]:
         """``transform(fn)(values)``, where ``fn`` evaluates ``body``; made once if the program calls it several times.
@@ -169,6 +196,8 @@ class Interpreter:
         """``value`` as activations, if it is rows of a table."""
         if not isinstance(value, Factored) or value.row is None:
             return value
+        if not value.branch.takes("lookup"):
+            return value.w
         return value.rows(value.row, self.count(value.branch.path))
 
     def looked_up(self, value: Any) -> Any:
@@ -204,6 +233,7 @@ class Interpreter:
         value = self.rows(value)
         if not isinstance(value, Factored):
             return value
+        self.check_told(value, operation, reason)
         if not self.allow_dense:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             why = f"  reason: {reason}\n" if reason else ""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._factored import Branch, Factored
+from jlora._factored import Factored
 from jlora._labelled import RANK, Labels, arrange
 from jlora._primitives import Dense
 
@@ -120,14 +120,20 @@ def _rates(terms: Sequence[Factored]) -> set[float]:
 
 
 def _value(w: jax.Array, parts: Sequence[jax.Array], labels: Sequence[Labels], terms: Sequence[Factored]) -> Factored:
-    """One value out of ``terms``, with the name of all and the dropout key of the first."""
+    """One value out of ``terms``, with the name of all and the dropout key of the first.
+
+    Raises:
+        Dense: They act on different kinds of uses.
+    """
+    if len(kinds := {f.branch.only for f in terms}) > 1:
+        raise Dense(f"their adapters act on different uses, {' and '.join(sorted(k or 'all' for k in kinds))}")
     name = " + ".join(dict.fromkeys(f.branch.path for f in terms))
     keys = [f.parts[2][(0,) * f.parts[2].ndim] for f in terms[:1] if len(f.parts) > 2]
     value = Factored(
         w,
         (*parts, *keys),
         (*labels, *(() for _ in keys)),
-        Branch(name, terms[0].branch.dropout),
+        terms[0].branch._replace(path=name),
         terms[0].picked if all(f.picked is not None for f in terms) else None,
     )
     return value.map_parts(w, lambda part, ls: (part, ls))

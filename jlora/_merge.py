@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _jax, _overflow, _paths
-from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._adapters import Adapter, FullWeight, LowRank, check_mergeable
 from jlora._dtypes import as_float
 from jlora._overflow import Overflow
 from jlora._wrap import check_base, check_lora
@@ -49,7 +49,8 @@ def merge(
 
     Raises:
         TypeError: arguments in another order.
-        ValueError: an adapter belongs to another base; ``dtype`` is none that weights are stored in; a merged leaf overflows its dtype.
+        ValueError: an adapter belongs to another base, or is for one kind of use of its leaf; ``dtype`` is not a supported storage dtype;
+            a merged leaf overflows its dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -63,6 +64,7 @@ def merge(
         True
     """
     check_lora(lora, params)
+    check_mergeable(lora)
     dtype = as_float(dtype, "merge(dtype=...)")
     _overflow.check_choice(overflow)
     paths, leaves, tree = _paths.flatten(params)
@@ -86,9 +88,11 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
         params: The base; needed only where a leaf is trained outright, whose update is its value less the base's.
 
     Raises:
-        ValueError: a leaf is trained outright and ``params`` is not given, or ``params`` is another base.
+        ValueError: a leaf is trained outright and ``params`` is not given, or ``params`` is another base; an adapter is for one kind of
+            use of its leaf (``lora[path].delta()`` is the update of that).
     """
     check_lora(lora)
+    check_mergeable(lora)
     if params is None:
         outright = [path for path, adapter in lora.items() if isinstance(adapter, FullWeight)]
         if outright:

@@ -143,7 +143,7 @@ def read(folder: Path) -> Config:
         c.get("layers_to_transform") is not None,
         _strings(file, "modules_to_save", c.get("modules_to_save") or []),
         _tokens(file, c.get("trainable_token_indices") or {}),
-        c.get("ensure_weight_tying") is True,
+        c.get("ensure_weight_tying") is True and _is_tied(c),
         _is_of_transformers(c),
         _version(c.get("peft_version")),
     )
@@ -213,6 +213,16 @@ def dropout_of(rates: Mapping[str, float], parameters: Sequence[str], wanted: fl
             "dropout",
         )
     return rate
+
+
+_TABLES = ("embed_tokens", "lm_head")
+
+
+def _is_tied(c: Mapping[str, Any]) -> bool:
+    """Whether PEFT ties what it was told to tie: only if it finds one of two names; what a pattern matches is not asked here."""
+    targets, saved = c.get("target_modules") or [], c.get("modules_to_save") or []
+    names = [*(targets if isinstance(targets, list) else _TABLES), *saved]
+    return any(str(name).rpartition(".")[2] in _TABLES for name in names)
 
 
 def _is_of_transformers(c: Mapping[str, Any]) -> bool:

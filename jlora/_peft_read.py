@@ -13,7 +13,7 @@ import numpy as np
 from jlora import _files, _layouts, _paths, _peft_config
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
-from jlora._names import ByName, Leaf, Names, Place, places
+from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._peft_config import Config
 from jlora._peft_keys import (
     FACTORS,
@@ -33,6 +33,7 @@ from jlora._peft_match import Ends
 from jlora._sites import Site, Sites
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
+SHARED = "shared"  # of the encoder-decoders of transformers (T5, BART), which look up through modules of their own
 MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
 
@@ -182,6 +183,8 @@ class Reader:
                 "what it trained is no update of this weight.\n"
                 f"  Train it here, or without '{_files.shown(module)}'; merging it with PEFT gives another function than it trained."
             )
+        if layer == "embedding":
+            self.check_called(place)
         count = axes.experts if layer == "parameter" else 1
         rank = (a[0] if a else 0) // max(count, 1)
         swapped = layer == "parameter" and self.is_swapped(place, axes, rank, (a, b))
@@ -197,6 +200,14 @@ class Reader:
         key = name if not whole else module if outer is None else outer
         times = 1 if outer is None else self.times(outer, module)
         return Pair(place, layer, axes, roles, rank, times * self.config.scale(key, rank), swapped)
+
+    def check_called(self, place: Place) -> None:
+        """Raises for the table of an encoder-decoder of transformers under the name of a module that nothing calls."""
+        if is_uncalled(place.weight) and self.config.knows_ties:
+            raise ValueError(
+                f"The adapter of '{place.weight.module}' has no effect in PEFT: where transformers names a table that, encoder and decoder "
+                "look up through\n  modules of their own. Train it here, or with trainable_token_indices, which PEFT keeps tied."
+            )
 
     def times(self, attention: str, module: str) -> int:
         """How many times PEFT adds the update of an output projection of ``nn.MultiheadAttention``."""
@@ -265,11 +276,13 @@ class Reader:
             )
         have = {pair.place.weight.name for pair in pairs}
         begun = {(pair.place.path, pair.place.at) for pair in pairs}
+        kinds = {(pair.place.path, pair.layer == "embedding") for pair in pairs}
         missing = [
             place.weight.name
             for path, several in self.places.items()
             for place in several
-            if place.weight.name not in have and ((path, place.at) in begun or self.is_target(place))
+            if place.weight.name not in have
+            and (((path, place.at) in begun and self.goes_along(place, kinds)) or self.is_target(place))
         ]
         if missing:
             raise ValueError(
@@ -278,6 +291,12 @@ class Reader:
             )
         self.check_wrapped()
         self.check_copies()
+
+    def goes_along(self, place: Place, kinds: Collection[tuple[str, bool]]) -> bool:
+        """Whether PEFT adapts a weight because it adapts another that is the same leaf: not a head with its table, unless told to tie."""
+        if self.config.tying or not self.leaves[place.path].is_tied:
+            return True
+        return (place.path, self.layer(place) == "embedding") in kinds
 
     def check_copies(self) -> None:
         """Raises if what was trained is in the file twice, with two values."""
@@ -357,6 +376,11 @@ def open_tensors(folder: Path) -> _files.Safetensors:
                 f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
             )
     return tensors
+
+
+def is_uncalled(weight: Weight) -> bool:
+    """Whether nothing calls the module of a table, as far as its name tells."""
+    return weight.module.rpartition(".")[2] == SHARED and weight.layout is None
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ from jlora._dtypes import as_float
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
 from jlora._peft_keys import PREFIX, TENSORS, containing, ends, path_of
-from jlora._peft_read import IN_PROJ, OUT_PROJ
+from jlora._peft_read import IN_PROJ, OUT_PROJ, is_uncalled
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
 
@@ -174,19 +174,13 @@ class Writer:
                 f"No factors of '{path}', a dilated convolution, mean the same to PEFT, which computes lora_A without the dilation (up to "
                 f"{_peft_config.VERSION}).\n  Merge it instead."
             )
-        several = self.places[path]
-        if "lookup" in axes.use and "linear" in axes.use and len(several) < 2:
-            raise Advised(
-                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
-                f"Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}.",
-                "names",
-                {path: [several[0].weight.name, "lm_head.weight"]},
-            )
-        for place in several:
+        for place in self.uses(path, adapter):
             part = axes.at(place.at)
             layer = _layouts.layer_of(part, place)
             # nn.Linear, or GPT-2's Conv1D: the adapters of both are the same.
             either = layer == "linear" and place.weight.layout is None and "lookup" not in axes.use
+            if layer == "embedding":
+                self._check_called(place)
             self._want(place, part, either=either)
             a, b = (_local(x, path)[place.at] for x in (adapter.a, adapter.b))
             dtype = self.dtype or jnp.promote_types(a.dtype, b.dtype)
@@ -199,6 +193,28 @@ class Writer:
             if layer != "embedding":
                 self.rates[path] = adapter.dropout
             self.pair(place, layer, adapter.rank, x.astype(dtype), y.astype(dtype))
+
+    def uses(self, path: str, adapter: LowRank | FullWeight) -> list[Place]:
+        """The places of what an adapter changes: PEFT has a module for the lookups of a tied table, and one for the products with it."""
+        use, several, only = self.axes(path).use, self.places[path], getattr(adapter, "only", "")
+        tied = "lookup" in use and use != "lookup"
+        if tied and only != "lookup" and several and all(place.first for place in several):
+            raise Advised(
+                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
+                f"Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}.",
+                "names",
+                {path: [several[0].weight.name, "lm_head.weight"]},
+            )
+        return [place for place in several if not only or not tied or place.first == (only == "lookup")]
+
+    @staticmethod
+    def _check_called(place: Place) -> None:
+        if is_uncalled(place.weight):
+            raise ValueError(
+                f"PEFT's adapter of '{place.weight.module}' has no effect: where transformers names a table that (T5, BART), encoder and "
+                "decoder\n  look up through modules of their own. Leave it out, or merge it. "
+                f"If '{place.weight.module}' is another module, say so: Weight('{place.weight.name}', layout='in_out')."
+            )
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""
@@ -240,7 +256,7 @@ class Writer:
         for path, adapter in self.lora.items():
             if isinstance(adapter, LowRank):
                 axes = self.axes(path)
-                for place in self.places[path]:
+                for place in self.uses(path, adapter):
                     yield place, _layouts.layer_of(axes.at(place.at), place)
 
     def _depth(self, place: Place) -> int:
@@ -265,7 +281,9 @@ class Writer:
     def whole(self, path: str, adapter: FullWeight) -> None:
         """Adds a leaf that was trained outright."""
         axes = self.axes(path)
-        for place in self.places[path]:
+        for place in self.uses(path, adapter):
+            if "lookup" in axes.use:
+                self._check_called(place)
             self._want(place, axes.at(place.at))
             value = _layouts.to_torch(
                 _layouts.at(_local(adapter.value, path), axes, place.at), axes.at(place.at), place.weight

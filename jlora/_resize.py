@@ -31,7 +31,7 @@ def resize(path: str, x: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
         return _grow(x, rank, path), one
     a, b = _svd.matrices(x)
     svd = _svd.thin(a, b)
-    spare = _svd.spare_norm(a.shape[-2], x.use)
+    spare = _svd.spare_norm(a.shape[-2], x.only or x.use)
     return _svd.rebuild(x, *_svd.factors(svd, rank, spare)), _svd.share(svd.s, rank)
 
 
@@ -41,7 +41,7 @@ def _grow(x: LowRank, rank: int, path: str) -> LowRank:
     new = rank - x.rank
     # By path and rank: grown again, an adapter must not get the same columns a second time.
     key = jax.random.fold_in(fold_path(jax.random.key(0), path), x.rank)
-    bound = sqrt(3.0 / a.shape[-2]) * _svd.spare_norm(a.shape[-2], x.use)
+    bound = sqrt(3.0 / a.shape[-2]) * _svd.spare_norm(a.shape[-2], x.only or x.use)
     columns = jax.random.uniform(key, (*a.shape[:-1], new), jnp.finfo(a.dtype).dtype, -bound, bound).astype(a.dtype)
     zeros = jnp.zeros((*b.shape[:-2], new, b.shape[-1]), b.dtype)
     return _svd.rebuild(x, jnp.concatenate([a, columns], -1), jnp.concatenate([b, zeros], -2))

@@ -5,7 +5,7 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jlora._sites import Site, Sites
 
 Targets = str | Callable[[Site], bool] | Sequence[str | Callable[[Site], bool]]
 InitA = Literal["uniform", "normal"] | Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+Only = Literal["lookup", "linear", "conv"]
 
 ALL_LINEAR = "all-linear"
 
@@ -34,6 +36,8 @@ class LoRA:
         init_a: ``"uniform"`` in ±1/sqrt(n), ``"normal"`` with standard deviation 1/sqrt(n), n being the number of inputs that a
             product sums over (1 for a lookup), or a function ``(key, shape, dtype) -> array``. B starts at zero.
         allow_dense: Also take leaves that some operation needs whole; ``wrap(fn, dense="allow")`` then runs them.
+        only: Adapt one kind of use of each leaf, ``"lookup"``, ``"linear"`` or ``"conv"`` as in ``Site.kind``: of a table that is also the
+            output head the one and not the other. Such an adapter cannot be merged, since the base has one leaf for both.
 
     Example:
         >>> import jlora
@@ -52,6 +56,7 @@ class LoRA:
     dtype: Any = None
     init_a: InitA = "uniform"
     allow_dense: bool = False
+    only: Only | None = None
     scale: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +74,8 @@ class LoRA:
             self.init_a,
             "'uniform', 'normal' or a function",
         )
+        kinds = get_args(Only)
+        _check(self.only in (None, *kinds), "only", self.only, f"{', '.join(map(repr, kinds))} or None")
         dtype = None if self.dtype is None else jnp.dtype(self.dtype)
         _check(dtype is None or jnp.issubdtype(dtype, jnp.inexact), "dtype", self.dtype, "a floating dtype")
         scale = float(self.alpha) / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -201,6 +208,11 @@ def _objection(rule: Rule, site: Site) -> str | None:
         )
         advice = f"Leave it out of the targets of {_name(rule)}, or {way_out}."
         return f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  {advice}"
+    if isinstance(rule, LoRA) and rule.only and rule.only not in site.kinds:
+        return (
+            f"'{site.path}' {site.shape} has no use of the kind {rule.only!r}: it is used as {site.kind or 'nothing told'}.\n"
+            f"  Leave it out of the targets of {_name(rule)}, or leave out only={rule.only!r}."
+        )
     return None
 
 

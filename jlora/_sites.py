@@ -58,6 +58,16 @@ class Site:
         return self.kind in ("", "dense", "unused")
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of uses of a leaf that can be adapted, of which an adapter may be for one only."""
+        return () if self.is_plain else tuple(self.kind.split("+"))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether rows of the leaf are looked up, and something multiplies it: a table that is the output head as well."""
+        return "lookup" in self.kinds and len(self.kinds) > 1
+
+    @property
     def size(self) -> int:
         """Number of parameters of the leaf."""
         return prod(self.shape)
@@ -167,7 +177,7 @@ def sites(fn: Callable[..., Any], params: Any, /, *args: Any, **kwargs: Any) -> 
 
 def _site(path: str, shape: tuple[int, ...], dtype: np.dtype, finder: Finder, head: bool) -> Site:
     records = list(finder.records.get(path, {}).values())
-    uses = tuple(record.use for record in records)
+    uses = tuple(record.use._replace(inputs=tuple(sorted(record.inputs))) for record in records)
     kind = "+".join(sorted({use.kind for use in uses} - {"dense"}))
     if any(use.kind == "dense" for use in uses) or not uses:
         kind = "dense" if uses else "unused"

@@ -39,7 +39,7 @@ def summary(params: Any, lora: Mapping[str, Adapter]) -> str:
         (
             path,
             "×".join(map(str, lora[path].shape)) or "scalar",
-            str(lora[path].rank) if isinstance(lora[path], LowRank) else lora[path].kind,  # type: ignore[attr-defined]
+            _rank(lora[path]),
             f"{trained[path]:,}",
             f"{trained[path] / total:.3%}",
         )
@@ -55,6 +55,13 @@ def summary(params: Any, lora: Mapping[str, Adapter]) -> str:
     noun = "leaf" if len(rows) == 1 else "leaves"
     last = f"{len(rows)} {noun}, {count:,} trained of {total:,} parameters ({count / total:.3%})."
     return "\n".join([table(header, rows, right=(2, 3, 4)), last, *_whole(split)])
+
+
+def _rank(adapter: Adapter) -> str:
+    """``8``, ``8 (lookup only)``, or the kind of an adapter that has none."""
+    if not isinstance(adapter, LowRank):
+        return adapter.kind
+    return f"{adapter.rank} ({adapter.only} only)" if adapter.only else str(adapter.rank)
 
 
 def _split(adapter: Adapter, leaf: Any) -> dict[str, Split]:

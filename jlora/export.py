@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files, _hosts, _layouts, _paths
-from jlora._adapters import Adapter, fingerprint
+from jlora._adapters import Adapter, check_mergeable, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
 from jlora._dtypes import FLOATS
@@ -250,6 +250,7 @@ class _Export:
             check_lora(lora, params)
         self.tree, self.lora = _Tree(params, sites, names), lora or {}
         check_base(self.lora, self.tree.paths, self.tree.leaves)
+        check_mergeable(self.lora)
         check_named(self.lora, self.tree.places)
         self.params = dict(zip(self.tree.paths, self.tree.leaves, strict=True))
         self.entries = list(self._entries())

@@ -19,11 +19,13 @@ from jlora._adapters import Adapter, FullWeight, fingerprint
 from jlora._advice import Advised
 from jlora._dtypes import as_float
 from jlora._init import of_site, whole_of_site
+from jlora._layouts import Layer
 from jlora._names import Names, Place, default_name
 from jlora._names import Weight as Weight
 from jlora._peft_plain import sites_of
 from jlora._peft_read import Pair, Reader
 from jlora._peft_write import save as save
+from jlora._rules import Only
 from jlora._sharding import followed
 from jlora._sites import Site, Sites
 
@@ -181,9 +183,10 @@ def _assemble(reader: Reader, path: str, pairs: list[Pair], dtype: Any) -> Adapt
     scale = max(s for _, _, s in slices.values())
     rank = max(a.shape[-1] for a, _, _ in slices.values())
     layers = {pair.layer for pair in pairs}
+    only = _only(site, pairs)
     some, dropout = next(iter(slices.values())), 0.0 if layers == {"embedding"} else reader.config.dropout
     if () in slices:
-        return of_site(jnp.asarray(some[0]), jnp.asarray(some[1]), site, scale, dropout, reader.sites.base)
+        return of_site(jnp.asarray(some[0]), jnp.asarray(some[1]), site, scale, dropout, reader.sites.base, only)
     sizes = tuple(site.shape[d] for d in site.batch)
     rest = len(sizes) - len(next(iter(slices)))
     a_all = np.zeros((*sizes, *some[0].shape[rest:-1], rank), some[0].dtype)
@@ -191,7 +194,19 @@ def _assemble(reader: Reader, path: str, pairs: list[Pair], dtype: Any) -> Adapt
     for index, (a, b, s) in slices.items():
         a_all[index][..., : a.shape[-1]] = a
         b_all[index][(*([slice(None)] * rest), slice(a.shape[-1]))] = b * np.asarray(s / scale, b.dtype)
-    return of_site(jnp.asarray(a_all), jnp.asarray(b_all), site, scale, dropout, reader.sites.base)
+    return of_site(jnp.asarray(a_all), jnp.asarray(b_all), site, scale, dropout, reader.sites.base, only)
+
+
+def _only(site: Site, pairs: list[Pair]) -> Only | None:
+    """The kind of use that the factors of a leaf are for: a table and the head that is tied to it are two modules in PyTorch.
+
+    PEFT adapts the one without the other, though they share the weight.
+    """
+    kinds: set[Only] = {_KINDS.get(pair.layer, "linear") for pair in pairs}
+    return kinds.pop() if site.is_tied and len(kinds) == 1 else None
+
+
+_KINDS: dict[Layer, Only] = {"embedding": "lookup", "conv": "conv"}
 
 
 def _same(one: tuple[Any, Any, float], two: tuple[Any, Any, float]) -> bool:
@@ -225,6 +240,7 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
         elif part.role != "bias" and not reader.is_saved(part.module) and not reader.alone:
             _check_equal(reader, key, place)
         else:
+            reader.check_called(place)
             found[place.path][place] = _value(reader, key, place)
     for key, pair in scales.items():
         place = reader.by_name[f"{pair.place.weight.module}.bias"]
@@ -235,19 +251,23 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
     rows = {part.module for part in reader.parts.values() if part.role == "tokens"}
     for path, slices in found.items():
         of_rows = any(place.weight.module in rows for place in slices)
-        if not (reader.config.knows_ties if of_rows else reader.config.tying):
-            _check_shared(reader, path, slices, of_rows)
+        # Of rows, PEFT looks for what is tied to the model's embedding, and never for what a head is tied to.
+        knows = reader.config.knows_ties
+        follows = knows and all(place.first for place in slices) if of_rows else reader.config.tying
+        if not follows:
+            _check_shared(reader, path, slices, _OF_ROWS if of_rows and not knows else "")
     return {path: _stack(reader, path, slices, dtype) for path, slices in found.items()}
 
 
-def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], of_rows: bool) -> None:
+def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], more: str) -> None:
     """PEFT unties a table and a head of which it changes one: here they are one leaf. Of trained rows it keeps ties that it knows of."""
     given = {place.at for place in slices}
     lacking = [place.weight.name for place in reader.places[path] if place.at in given and place not in slices]
-    if lacking:
+    if lacking or (reader.leaves[path].is_tied and all(place.first for place in slices)):
+        other = _paths.listing(lacking, 3) if lacking else "those of its other uses, which names does not tell"
         raise ValueError(
-            f"'{path}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {_paths.listing(lacking, 3)}.\n"
-            "  Give the base a leaf for each." + of_rows * _OF_ROWS
+            f"'{path}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {other}.\n"
+            f"  Give the base a leaf for each.{more}"
         )
 
 

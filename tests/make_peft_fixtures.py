@@ -141,6 +141,11 @@ CASES = {
         IDS,
         {"r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens", "v_proj"], "ensure_weight_tying": True},
     ),
+    "llama_head": (
+        lambda: llama(tie_word_embeddings=True),
+        IDS,
+        {"r": 2, "lora_alpha": 4, "target_modules": ["lm_head", "v_proj"]},
+    ),
     "llama_tokens": (
         lambda: llama(tie_word_embeddings=True),
         IDS,
@@ -151,6 +156,7 @@ CASES = {
         IDS,
         {"r": 2, "lora_alpha": 5, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     ),
+    "gpt2_table": (gpt2, IDS, {"r": 2, "lora_alpha": 5, "target_modules": ["wte"]}),
     "gpt2_bias": (
         gpt2,
         IDS,

@@ -1,6 +1,7 @@
 """What a PEFT adapter has to be, file and names, to be read; and what is refused."""
 
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,60 @@ def test_a_tied_table_that_was_adapted_apart_is_refused(tmp_path):
     edit(tmp_path / "a", {}, {head: None, head.replace("lora_B", "lora_A"): None})
     with pytest.raises(ValueError, match=r"lacks factors for 1 weights: lm_head.weight"):
         jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+    carried = head.replace("lora_B", "base_layer")
+    edit(tmp_path / "a", {"ensure_weight_tying": False}, {carried: None})  # then PEFT adapts the table alone
+    assert jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)["embed"].only == "lookup"
+    edit(tmp_path / "a", {"target_modules": ["embed_tokens", "v_proj", "lm_head"]})
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: lm_head.weight"):
+        jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaf", "only"), [("gpt2_table", "wte/embedding", "lookup"), ("llama_head", "embed", "linear")]
+)
+def test_an_adapter_of_one_of_two_tied_modules_is_for_one_use(kind, leaf, only, tmp_path):
+    port, want = PORTS[kind](), expected(kind)
+    sites, params = base_of(kind, port, want["x"])
+    lora = jlora.peft.load(FOLDER / kind, sites, names=port.names, params=params)
+    path = next(path for path in lora if path.endswith(leaf))
+    assert lora[path].only == only
+    jlora.peft.save(tmp_path / "a", lora, names=port.names)
+    found, made = (load_file(folder / "adapter_model.safetensors") for folder in (FOLDER / kind, tmp_path / "a"))
+    assert set(made) == {key for key in found if "base_layer" not in key}
+    every = {path: replace(lora[path], only="")}
+    off = jlora.wrap(port.fn)(params, lora | every, want["x"]) - want["after"]
+    assert float(abs(off).max()) > 0.1  # what was loaded before
+
+
+def test_a_head_cannot_be_saved_without_its_name(tmp_path):
+    port, want = PORTS["llama_head"](), expected("llama_head")
+    sites, params = base_of("llama_head", port, want["x"])
+    rule = jlora.LoRA(rank=2, targets="embed", only="linear")
+    lora = jlora.init(jax.random.key(0), params, sites, rule)
+    with pytest.raises(
+        ValueError, match=r"Name both: names=\{'embed': \('model.embed_tokens.weight', 'lm_head.weight'\)\}"
+    ):
+        jlora.peft.save(tmp_path / "a", lora, names={"embed": "model.embed_tokens.weight"})
+
+
+def shared(params, ids):
+    return params["shared"][ids] @ params["shared"].T
+
+
+def test_a_table_that_nothing_calls_in_peft_is_refused(tmp_path):
+    """Encoder and decoder of T5 and BART look up through other modules. A model that is not of transformers may call it."""
+    params, ids = {"shared": jnp.ones((11, 3))}, jnp.arange(4)
+    sites, names = jlora.sites(shared, params, ids), {"shared": ("shared.weight", "lm_head.weight")}
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="shared", only="lookup"))
+    with pytest.raises(ValueError, match=r"PEFT's adapter of 'shared' has no effect: .*T5, BART"):
+        jlora.peft.save(tmp_path / "a", lora, names=names)
+    said = {"shared": jlora.peft.Weight("shared.weight", "in_out")}
+    jlora.peft.save(tmp_path / "a", lora, names=said)
+    assert jlora.peft.load(tmp_path / "a", sites, names=names)["shared"].only == "lookup"
+    edit(tmp_path / "a", {"task_type": "SEQ_2_SEQ_LM"})
+    with pytest.raises(ValueError, match=r"The adapter of 'shared' has no effect in PEFT"):
+        jlora.peft.load(tmp_path / "a", sites, names=names)
+    jlora.peft.load(tmp_path / "a", sites, names=said)
 
 
 def test_experts_that_nothing_names_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from cli_case import DOWN, MIX, PEFT, SITES, UP, call, called, trained
+from cli_case import DOWN, MIX, PEFT, SITES, UP, call, called, checkpoint, trained
 from peft_models import PORTS
 
 import jlora
@@ -31,7 +31,7 @@ def test_info_of_an_own_adapter(own):
     sites = {site["path"]: site for site in found["sites"]}
     assert set(sites) == {UP, MIX, DOWN}
     assert set(sites[UP]) == {
-        "path", "kind", "use", "shape", "rank", "scale", "parameters", "norm", "effective_rank",
+        "path", "kind", "use", "only", "shape", "rank", "scale", "parameters", "norm", "effective_rank",
     }  # fmt: skip
     assert sites[UP]["shape"] == [3, 5]
     assert (sites[UP]["rank"], sites[UP]["scale"], sites[UP]["parameters"]) == (2, 2, 16)
@@ -44,6 +44,19 @@ def test_info_of_an_own_adapter(own):
     text = call("info", "one")
     assert "task: demo 0" in text
     assert re.search(rf"^{MIX}  +linear  +4×5×5  +2  +2  +80 ", text, re.M)
+
+
+def test_info_of_one_use_of_a_table(here):
+    params = {"embed": jnp.ones((11, 3))}
+    sites = jlora.sites(lambda p, i: p["embed"][i] @ p["embed"].T, params, jnp.arange(4))
+    rule = jlora.LoRA(rank=2, targets="embed", only="lookup")
+    jlora.save(here / "tied", jlora.init(jax.random.key(0), params, sites, rule))
+    (site,) = called("info", "tied")["sites"]
+    assert (site["use"], site["only"]) == ("linear+lookup", "lookup")
+    assert re.search(r"^embed  +linear\+lookup \(lookup only\)  +11×3 ", call("info", "tied"), re.M)
+    checkpoint(here / "base", params)
+    assert "'embed' cannot be merged" in call("merge", "base", "tied", "out", code=2)
+    assert not (here / "out").exists()
 
 
 @pytest.mark.parametrize("kind", sorted({*PORTS} - {"experts", "llama_tokens", "nested"}))

@@ -21,8 +21,9 @@ from jlora._cli_ties import Tie
 from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
 from jlora._export_tree import write_merged
 from jlora._fold import Fold
+from jlora._peft_declared import Base
 from jlora._peft_keys import part_of
-from jlora._peft_read import open_tensors
+from jlora._peft_read import declared_of, open_tensors
 from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]
@@ -123,6 +124,7 @@ class Plan:
         self.beginning = renamed[0] if set(self.added) - inside and not renamed[1] else ""
         self.layout.check_used()
         self._check_carried(found.path, renamed)
+        self._check_declared(found, renamed)
         refusal = None if ties else _cli_ties.unsure(weights, [*self.low, *self.full], self.task)
         if refusal is not None and not any(_ties.is_head(name) for name in self.added):
             raise refusal
@@ -198,6 +200,16 @@ class Plan:
                     f"The adapter carries '{_files.shown(key)}', which is not '{_files.shown(name)}' of the base.\n"
                     "  It was trained on another base, or its vocabulary was changed."
                 )
+
+    def _check_declared(self, found: Opened, renamed: tuple[str, str]) -> None:
+        """The adapter has to have all that its configuration declares for what the base has."""
+        new, old = renamed[1], renamed[0]
+        shapes = {(old + n.removeprefix(new) if n.startswith(new) else n): t.shape for n, t in self.weights.items()}
+        matrices = {n: len(shape) == 2 for n, shape in shapes.items() if len(shape) > 1}
+        base = Base(set(shapes), matrices, False, {})
+        declared = declared_of(self.config, open_tensors(found.path))
+        declared.check_factors(base, {path for path, x in found.lora.items() if isinstance(x, LowRank)})
+        declared.check_missing(base)
 
     def unties(self) -> bool:
         """Whether head and embedding are one in the base and two in what is merged."""

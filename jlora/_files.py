@@ -107,11 +107,12 @@ class Safetensors:
     Attributes:
         file: The file.
         header: What it says of each tensor by name, in the order of names.
+        metadata: What it says beside.
     """
 
     def __init__(self, file: Path, dtypes: Collection[str] = FLOATS):
         self.file = file
-        self.header = _header(file, dtypes)
+        self.header, self.metadata = _header(file, dtypes)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of floats or integers, in the dtype of the file."""
@@ -141,7 +142,7 @@ class Safetensors:
         return ValueError(f"{self.file} is damaged: it was cut while it was read.")
 
 
-def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
+def _header(file: Path, dtypes: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = check_regular(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -155,7 +156,7 @@ def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
     _check_values(raw, f"The header of {file}")
     try:
         found = json.loads(raw, object_pairs_hook=_once)
-        found.pop("__metadata__", None)
+        metadata = dict(found.pop("__metadata__", None) or {})
         entries = {
             str(name): (str(x["dtype"]), tuple(x["shape"]), tuple(x["data_offsets"])) for name, x in found.items()
         }
@@ -175,10 +176,11 @@ def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
         end = stop
     if end != size - begin:
         raise ValueError(f"{file} was cut or added to: its tensors take {end:,} bytes, there are {size - begin:,}.")
-    return {
+    tensors = {
         name: Tensor(dtype, shape, begin + start, stop - start)
         for name, (dtype, shape, (start, stop)) in sorted(entries.items())
     }
+    return tensors, metadata
 
 
 def _check_values(raw: bytes, what: str) -> None:
@@ -218,10 +220,18 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
+def write_safetensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors; the same ones give the same bytes."""
     ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
-    safetensors().numpy.save_file(ready, file, {"format": "pt"})
+    if metadata is None:
+        safetensors().numpy.save_file(ready, file, {"format": "pt"})
+    else:  # the library writes several entries in any order
+        spelled = [Entry(name, SPELLED[x.dtype], x.shape, x.nbytes) for name, x in ready.items()]
+        entries = sorted(spelled, key=lambda e: (-ready[e.name].itemsize, e.name))
+        with open(file, "wb") as f:
+            write_header(f, entries, metadata)
+            for e in entries:
+                f.write(ready[e.name].tobytes())
     _sync(file)
 
 
@@ -234,9 +244,9 @@ class Entry(NamedTuple):
     size: int
 
 
-def write_header(f: BinaryIO, entries: Iterable[Entry]) -> None:
+def write_header(f: BinaryIO, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> None:
     """What stands before the contents of a file: the library writes one only from tensors that are all in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for e in entries:
         header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [start, start + e.size]}

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 from jlora import _files
 from jlora._advice import Advised
-from jlora._peft_match import Ends, Patterns, literal
+from jlora._peft_match import Patterns
+from jlora._peft_regex import Budget, Regex
+from jlora._peft_spelling import unwrapped
+from jlora._peft_targets import Targets, regex, strings
 
 FILE = "adapter_config.json"
 VERSION = "0.21.2"  # of PEFT, whose conventions are followed
@@ -54,7 +57,7 @@ _IGNORED = frozenset(
         "lora_ga_config",
     ]
 )
-_PLAIN_STARTS = frozenset({"true", "false", "gaussian", "eva", "orthogonal", "mica"})
+_PLAIN_STARTS = frozenset({"none", "true", "false", "gaussian", "eva", "orthogonal", "mica"})
 _REFUSED = {
     "use_dora": "DoRA's magnitudes, which jlora does not have",
     "use_qalora": "QA-LoRA, which pools the inputs of A",
@@ -76,11 +79,11 @@ class Config(NamedTuple):
     dropout: float
     rank_pattern: Patterns
     alpha_pattern: Patterns
-    targets: tuple[str, ...]
-    parameters: tuple[str, ...]
-    listed: Ends
-    partial: bool
+    targets: Targets
+    bias: str
+    lora_bias: bool
     saved: tuple[str, ...]
+    task: str
     tokens: Mapping[str, tuple[int, ...]]
     tying: bool
     knows_ties: bool
@@ -92,14 +95,15 @@ class Config(NamedTuple):
 
     def is_parameter(self, name: str) -> bool:
         """Whether PEFT adapts a parameter as such, ``target_parameters``, whatever its module does with it."""
-        return self.listed.match(name)
+        return self.targets.is_parameter(name)
 
     def scale(self, key: str, rank: int) -> float:
         """The factor of the update of the module ``key``, whose tensors have rank ``rank``."""
-        expected = self.rank_of(key)
-        if expected != rank:
+        expected = self.rank_pattern.all(key) or {self.rank}
+        if rank not in expected:  # of several, PEFT took one: the tensors say which
+            several = " or ".join(str(int(x)) for x in sorted(expected))
             raise ValueError(
-                f"'{_files.shown(key)}' has rank {rank} in its tensors and {expected} in {FILE}.\n  The file is damaged."
+                f"'{_files.shown(key)}' has rank {rank} in its tensors and {several} in {FILE}.\n  The file is damaged."
             )
         alpha = self.alpha_pattern.find(key, self.alpha)
         return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
@@ -128,20 +132,23 @@ def read(folder: Path) -> Config:
     _need(_real(dropout) and 0 <= dropout < 1, file, "lora_dropout", dropout, "a rate from 0 up to, not including, 1")
     rslora = c.get("use_rslora", False)
     _need(isinstance(rslora, bool), file, "use_rslora", rslora, "true or false")
-    targets = c.get("target_modules") or []
-    literal = targets if isinstance(targets, list) and not c.get("exclude_modules") else []
+    bias = c.get("bias") or "none"
+    _need(bias in ("none", "all", "lora_only"), file, "bias", bias, "none, all or lora_only")
+    lora_bias = c.get("lora_bias") or False
+    _need(isinstance(lora_bias, bool), file, "lora_bias", lora_bias, "true or false")
+    budget = Budget()
     return Config(
         int(rank),
         float(alpha),
         rslora,
         float(dropout),
-        _pattern(file, "rank_pattern", c.get("rank_pattern") or {}),
-        _pattern(file, "alpha_pattern", c.get("alpha_pattern") or {}),
-        _strings(file, "target_modules", literal),
-        parameters := _strings(file, "target_parameters", c.get("target_parameters") or []),
-        Ends(parameters),
-        c.get("layers_to_transform") is not None,
-        _strings(file, "modules_to_save", c.get("modules_to_save") or []),
+        _pattern(file, "rank_pattern", c.get("rank_pattern") or {}, budget),
+        _pattern(file, "alpha_pattern", c.get("alpha_pattern") or {}, budget),
+        Targets(file, c, budget),
+        str(bias),
+        lora_bias,
+        tuple(map(unwrapped, strings(file, "modules_to_save", c.get("modules_to_save") or []))),
+        str(c.get("task_type") or ""),
         _tokens(file, c.get("trainable_token_indices") or {}),
         c.get("ensure_weight_tying") is True and _is_tied(c),
         _is_of_transformers(c),
@@ -250,16 +257,15 @@ def _refuse(c: Mapping[str, Any], file: Path) -> None:
             )
 
 
-def _pattern(file: Path, name: str, found: Any) -> Patterns:
+def _pattern(file: Path, name: str, found: Any, budget: Budget) -> Patterns:
     _need(isinstance(found, dict) and len(found) <= _files.MAX_TENSORS, file, name, found, "an object")
     for key, value in found.items():
         _need(_positive(value), file, f"{name}[{_files.shown(key)}]", value, "a finite number above 0")
-        if literal(key) is None:
-            raise ValueError(
-                f"{name} in {file} has the pattern '{_files.shown(key)}'; patterns from a file are not run.\n"
-                "  Write whole names of modules, or their ends: 'model.layers.0.self_attn.q_proj', 'q_proj'."
-            )
-    return Patterns(name, found)
+
+    def make(pattern: str, shown: str) -> Regex:
+        return regex(file, name, pattern, shown, budget)
+
+    return Patterns(name, found, make)
 
 
 def _tokens(file: Path, found: Any) -> dict[str, tuple[int, ...]]:
@@ -271,11 +277,6 @@ def _tokens(file: Path, found: Any) -> dict[str, tuple[int, ...]]:
     )
     _need(ok, file, "trainable_token_indices", found, "ids of tokens, each once, from 0 up")
     return {str(name): tuple(ids) for name, ids in found.items()}
-
-
-def _strings(file: Path, name: str, found: Any) -> tuple[str, ...]:
-    _need(isinstance(found, list) and all(isinstance(x, str) for x in found), file, name, found, "a list of names")
-    return tuple(found)
 
 
 def _version(found: Any) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ from jlora import _files
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE = "base_layer"
+BIASES, SOME = "jlora.biases", "some"
+"""In the metadata of the tensors: only some of the biases that the configuration declares were trained. PEFT always saves all."""
 
 _ROLES = {
     ".lora_A.weight": "a",

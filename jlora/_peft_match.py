@@ -1,17 +1,21 @@
 """What PEFT's lists and patterns match, found by look-ups: a file may have a hundred thousand of them, and as many modules.
 
-Patterns in a file are compared letter by letter and never run: a regular expression from elsewhere can take for ever.
+Patterns without choices are compared letter by letter. The others are regular expressions, which take time that grows with the length of
+a name (``_peft_regex``), and of which there may be few.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from jlora import _files
 from jlora._peft_keys import ends
+from jlora._peft_regex import Budget, Regex
 
 MAX_FORMS = 256
+MAX_REGEXES = 1024
 Table = dict[tuple[str, bool], set[float]]
+Make = Callable[[str, str], Regex]
 
 
 class Ends:
@@ -31,21 +35,30 @@ class Ends:
 
 
 class Patterns:
-    """The numbers that ``rank_pattern`` or ``alpha_pattern`` has for modules, by patterns that ``literal`` reads.
+    """The numbers that ``rank_pattern`` or ``alpha_pattern`` has for modules, by their patterns.
 
-    Patterns of one length, with free letters at the same places, are one form: these places are left out of a name, and what remains is
-    looked up. There are few forms, since the names of a model's modules differ in little more than numbers.
+    Patterns that ``literal`` reads, of one length, with free letters at the same places, are one form: these places are left out of a
+    name, and what remains is looked up. There are few forms, since the names of a model's modules differ in little more than numbers.
 
     Raises:
-        ValueError: there are more forms than ``MAX_FORMS``.
+        ValueError: there are more forms than ``MAX_FORMS``, or more regular expressions than ``MAX_REGEXES``.
     """
 
-    def __init__(self, name: str, found: Mapping[str, float]):
+    def __init__(self, name: str, found: Mapping[str, float], make: Make | None = None):
         self.name = name
+        rest = [pattern for pattern in found if literal(pattern) is None]
+        if len(rest) > MAX_REGEXES:
+            raise ValueError(
+                f"{name} has {len(rest):,} regular expressions; at most {MAX_REGEXES:,} are read.\n"
+                "  Write the ends of names of modules: 'q_proj'."
+            )
+        # As PEFT puts a pattern together, whatever parentheses it has itself.
+        self.regexes = [((make or _plain)(rf"(.*\.)?({pattern})$", pattern), found[pattern]) for pattern in rest]
         self.forms: dict[int, dict[tuple[int, ...], Table]] = defaultdict(dict)
         for pattern, value in found.items():
             read = literal(pattern)
-            assert read is not None  # checked when the file was read
+            if read is None:
+                continue
             anchored, letters = read
             free = tuple(i for i, letter in enumerate(letters) if not letter)
             table = self.forms[len(letters)].setdefault(free, defaultdict(set))
@@ -57,20 +70,33 @@ class Patterns:
                 "  Write the ends of names of modules: 'q_proj'."
             )
 
-    def find(self, key: str, default: float) -> float:
-        """What PEFT finds for a module: a pattern matches all of its name, or an end that follows a dot."""
-        found: set[float] = set()
+    def all(self, key: str) -> set[float]:
+        """What the patterns that match a module have: they match all of its name, or an end that follows a dot."""
+        found = {value for regex, value in self.regexes if regex.start(key)}
         for end in ends(key):
             for free, table in self.forms.get(len(end), {}).items():
                 rest = _without(end, free)
                 for anchored in (False, True) if end == key else (False,):
                     found |= table.get((rest, anchored), set())
+        return found
+
+    def find(self, key: str, default: float) -> float:
+        """What PEFT finds for a module.
+
+        Raises:
+            ValueError: several patterns match it, with different values.
+        """
+        found = self.all(key)
         if len(found) > 1:
             raise ValueError(
                 f"Several patterns of {self.name} match '{_files.shown(key)}', with values {sorted(found)}: PEFT takes the first, but the "
                 "order was lost when the file was written.\n  Leave one of them."
             )
         return found.pop() if found else default
+
+
+def _plain(pattern: str, shown: str) -> Regex:
+    return Regex(pattern, Budget())
 
 
 def literal(pattern: str) -> tuple[bool, list[str]] | None:

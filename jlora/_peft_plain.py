@@ -10,8 +10,9 @@ import numpy as np
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
 from jlora._advice import Advised
+from jlora._peft_declared import IN_PROJ
 from jlora._peft_keys import ends, joined, parts_of
-from jlora._peft_read import IN_PROJ, open_tensors
+from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 UNKNOWN = "the adapter replaces it"
@@ -50,7 +51,7 @@ def sites_of(folder: Path, params: Mapping[str, Any], without: Collection[str] =
             shape = np.shape(params[name]) if part.role == "tokens" else shape
             found[name] = Site(name, shape, np.dtype(np.float32), "dense", reason=UNKNOWN)
     listed: dict[str, list[str]] = defaultdict(list)  # parameters of the configuration, by the module that holds them
-    for name in config.parameters:
+    for name in config.targets.parameters:
         listed[name.rpartition(".")[0]].append(name.rpartition(".")[2])
     holders = {module for part in parts.values() for module in part.around}
     for (module, depth), pair in pairs.items():

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora import _files, _layouts, _paths, _peft_config
+from jlora import _files, _layouts, _paths, _peft_config, _peft_spelling
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._peft_config import Config
+from jlora._peft_declared import IN_PROJ, OUT_PROJ, Base, Declared
 from jlora._peft_keys import (
+    BIASES,
     FACTORS,
     PREFIX,
+    SOME,
     TENSORS,
     TRAINED,
     Part,
@@ -29,10 +32,8 @@ from jlora._peft_keys import (
     path_of,
     wrappers_of,
 )
-from jlora._peft_match import Ends
 from jlora._sites import Site, Sites
 
-IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
 SHARED = "shared"  # of the encoder-decoders of transformers (T5, BART), which look up through modules of their own
 MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
@@ -79,7 +80,6 @@ class Reader:
         named = [Leaf(path, shape, _batch(self.leaves[path])) for path, shape, _ in sites.base.leaves]
         self.places = places(named, names)
         self.by_name = ByName(self.places)
-        self.targets, self.saved = Ends(self.config.targets), Ends(self.config.saved)
         self.own: dict[str, list[str]] = defaultdict(list)  # the names in each module
         for name in self.by_name:
             self.own[name.rpartition(".")[0]].append(name)
@@ -90,6 +90,7 @@ class Reader:
         check_once(self.parts)
         self.wrappers = wrappers_of(self.parts.values())
         self.lost = [key for key, part in self.parts.items() if not self.is_known(part)]
+        self.declared = declared_of(self.config, self.tensors, modules)
 
     def is_known(self, part: Part) -> bool:
         """Whether the base has the weight that a tensor is for."""
@@ -270,25 +271,23 @@ class Reader:
             near = _paths.nearest(self.parts[self.lost[0]].module, {n.rpartition(".")[0] for n in self.by_name}, 2)
             raise Advised(
                 f"{len(self.lost)} tensors of the adapter are for nothing in the base: {_listed(self.lost)}.\n"
-                f"  nearest to the first: {', '.join(near)}",
+                f"  nearest to the first: {', '.join(near)}{self.shifted()}",
                 "If the base has other names, pass names={path: name of the PyTorch parameter}.",
                 "names",
             )
         have = {pair.place.weight.name for pair in pairs}
         begun = {(pair.place.path, pair.place.at) for pair in pairs}
         kinds = {(pair.place.path, pair.layer == "embedding") for pair in pairs}
-        missing = [
+        same = {
             place.weight.name
-            for path, several in self.places.items()
+            for several in self.places.values()
             for place in several
-            if place.weight.name not in have
-            and (((path, place.at) in begun and self.goes_along(place, kinds)) or self.is_target(place))
-        ]
-        if missing:
-            raise ValueError(
-                f"The adapter lacks factors for {len(missing)} weights: {_listed(missing)}.\n"
-                "  The file was cut, or the base shares a weight that PEFT has twice (a tied head)."
-            )
+            if (place.path, place.at) in begun and self.goes_along(place, kinds)
+        }
+        base = None if self.alone else self.base()
+        self.declared.check_undeclared(alone=self.alone)
+        self.declared.check_factors(self.base(), have, same)
+        self.declared.check_missing(base)
         self.check_wrapped()
         self.check_copies()
 
@@ -297,6 +296,29 @@ class Reader:
         if self.config.tying or not self.leaves[place.path].is_tied:
             return True
         return (place.path, self.layer(place) == "embedding") in kinds
+
+    def shifted(self) -> str:
+        """In words, which beginning of their names the lost tensors have too much or too little, if that is all."""
+        first = self.parts[self.lost[0]].module
+        outer = next((m for m in sorted(self.own) if m.endswith(f".{first}")), None)
+        inner = next((m for m in sorted(self.own) if m and first.endswith(f".{m}")), None)
+        ways = ([("", outer.removesuffix(first))] if outer else []) + (
+            [(first.removesuffix(inner), "")] if inner else []
+        )
+        for old, new in ways:
+            moved = (
+                part._replace(module=new + part.module.removeprefix(old))
+                for part in map(self.parts.get, self.lost)
+                if part
+            )
+            if all(map(self.is_known, moved)):
+                how = (
+                    f"'{_files.shown(old)}' before their names is too much"
+                    if old
+                    else f"'{new}' is missing before their names"
+                )
+                return f"\n  All would be there: {how}."
+        return ""
 
     def check_copies(self) -> None:
         """Raises if what was trained is in the file twice, with two values."""
@@ -325,21 +347,20 @@ class Reader:
                     f"  PEFT would name it '{_files.shown(wanted)}'."
                 )
 
-    def is_target(self, place: Place) -> bool:
-        """Whether the configuration says that a weight is adapted."""
-        module, last = place.weight.module, place.weight.name.rpartition(".")[2]
-        if place.path not in self.sites or self.is_saved(module):
-            return False
-        if self.is_listed(place.weight.name):
-            return True
-        if self.config.partial or last not in ("weight", IN_PROJ):
-            return False
-        return any(self.targets.match(m) for m in {module, self.attention(module) or module})
+    def base(self) -> Base:
+        """What of the base the configuration has to agree with."""
+        every = [place for several in self.places.values() for place in several]
+        weights = {p.weight.name: self.leaves[p.path].kind == "linear" for p in every if p.path in self.sites}
+        twins = {p.weight.name: [q.weight.name for q in self.places[p.path] if q.at == p.at] for p in every}
+        return Base([place.weight.name for place in every], weights, True, twins)
 
     def is_saved(self, module: str) -> bool:
-        """Whether the configuration says that a module, or one that it is in, is saved whole; PEFT compares the ends of paths."""
-        around = [path_of(m, self.wrappers) for m in (*containing(module), module)]
-        return any(self.saved.match_letters(path) for path in around)
+        """Whether the configuration says that a module, or one that it is in, is saved whole."""
+        return self.declared.is_saved(module)
+
+    def is_trained(self, part: Part) -> bool:
+        """Whether the configuration says that a whole weight was trained; else it is the base's, which PEFT saves beside it."""
+        return self.declared.is_bias(part) or self.is_saved(part.module)
 
     def read(self, key: str) -> np.ndarray:
         """One tensor."""
@@ -375,12 +396,21 @@ def open_tensors(folder: Path) -> _files.Safetensors:
                 f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {len(key):,} letters in {key.count('.') + 1:,} parts; "
                 f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
             )
+    tensors.header = _peft_spelling.as_peft(file, tensors.header)
     return tensors
 
 
 def is_uncalled(weight: Weight) -> bool:
     """Whether nothing calls the module of a table, as far as its name tells."""
     return weight.module.rpartition(".")[2] == SHARED and weight.layout is None
+
+
+def declared_of(config: Config, tensors: _files.Safetensors, modules: Collection[str] = ()) -> Declared:
+    """What a file declares and has, all of it."""
+    parts = parts_of(list(tensors.header), config.saved, modules)
+    shapes = {key: tensors.header[key].shape for key in parts}
+    some = tensors.metadata.get(BIASES) == SOME
+    return Declared(config, parts, shapes, wrappers_of(parts.values()), some)
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:

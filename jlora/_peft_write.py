@@ -16,8 +16,9 @@ from jlora._advice import Advised
 from jlora._dtypes import as_float
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
-from jlora._peft_keys import PREFIX, TENSORS, containing, ends, path_of
-from jlora._peft_read import IN_PROJ, OUT_PROJ, is_uncalled
+from jlora._peft_declared import IN_PROJ, OUT_PROJ
+from jlora._peft_keys import BIASES, PREFIX, SOME, TENSORS, containing, ends, path_of
+from jlora._peft_read import is_uncalled
 from jlora._sites import Site, Sites
 from jlora._wrap import check_lora
 
@@ -88,7 +89,7 @@ def save(
     rate = _peft_config.dropout_of(writer.rates, sorted(writer.parameters), dropout)
     others = [] if base_folder is None else _peft_base.check(_files.folder(base_folder), writer.wanted)
     with _files.new_folder(path, **options) as part:
-        _files.write_safetensors(part / TENSORS, writer.tensors)
+        _files.write_safetensors(part / TENSORS, writer.tensors, {BIASES: SOME} if writer.has_some_biases() else None)
         _peft_config.write(
             part,
             modules=writer.targets(others),
@@ -130,6 +131,7 @@ class Writer:
         self.saved: dict[str, str] = {}  # modules that are saved whole, by their path
         self.wanted: dict[str, _peft_base.Wanted] = {}  # what the base has to have
         self.bias = "none"
+        self.biases: set[str] = set()  # those that are written
         self.rates: dict[str, float] = {}
 
     def _agree(self, name: str, other: Any) -> None:
@@ -297,6 +299,7 @@ class Writer:
         trained = {name for name, p in siblings.items() if isinstance(self.lora.get(p.path), FullWeight)}
         around = self.wrappers.get(module, 0)
         if last == "bias" and (around or trained == {place.weight.name}):
+            self.biases.add(place.weight.name)
             self.bias = "all" if not around or self.bias == "all" else "lora_only"
             name = f"{path_of(module, self.wrappers, around)}.bias"
         else:
@@ -306,6 +309,13 @@ class Writer:
                 self._untrained(other, siblings[other])
         value = value.astype(self.dtype or value.dtype)
         self.tensors[f"{PREFIX}{name}"] = _files.check_finite(name, value)
+
+    def has_some_biases(self) -> bool:
+        """Whether biases are written, and not all that PEFT would train with them."""
+        every = {name for name in self.by_name if name.rpartition(".")[2] == "bias"}
+        every -= {name for name in every if self.bias == "lora_only" and name.rpartition(".")[0] not in self.wrappers}
+        whole = {name for name in every if name.rpartition(".")[0] in self.saved.values()}
+        return self.bias != "none" and (self.base.partial or not every <= self.biases | whole)
 
     def _untrained(self, name: str, place: Place) -> None:
         """PEFT saves a module with all of its parameters: those that were not trained are the base's."""

@@ -235,9 +235,14 @@ def _whole(reader: Reader, pairs: list[Pair], dtype: Any) -> dict[str, Adapter]:
         place = reader.by_name[part.name]
         if part.role == "tokens":
             found[place.path][place] = _with_rows(reader, key, part.module, place)
-        elif reader.alone and part.role == "weight" and f"{part.module}.weight" in lows:
+        elif (
+            reader.alone
+            and part.role in ("weight", "bias")
+            and f"{part.module}.weight" in lows
+            and not reader.is_trained(part)
+        ):
             continue
-        elif part.role != "bias" and not reader.is_saved(part.module) and not reader.alone:
+        elif not reader.alone and not reader.is_trained(part):
             _check_equal(reader, key, place)
         else:
             reader.check_called(place)

@@ -38,8 +38,20 @@ CONFIG_ERRORS = [
     ({"use_rslora": "yes"}, "use_rslora in .* must be true or false"),
     ({"alpha_pattern": [1]}, "alpha_pattern in .* must be an object"),
     ({"alpha_pattern": {"up": -1}}, r"alpha_pattern\[up\] in .* above 0"),
-    ({"alpha_pattern": {"(x+x+)+y": 3}}, "patterns from a file are not run"),
-    ({"rank_pattern": {".*": 2}}, "patterns from a file are not run"),
+    (
+        {"alpha_pattern": {r"(u)\1p": 3}},
+        r"alpha_pattern in .* which is not run: it has the back-reference '.1'",
+    ),
+    ({"rank_pattern": {"(?>u)p": 2}}, r"rank_pattern in .* is not run: it has the group '\(\?>u', which is not read"),
+    (
+        {"target_modules": "(up"},
+        r"target_modules in .* has '\(up', which is not a regular expression: .* without its '\)'",
+    ),
+    ({"rank_pattern": {".*": 3}}, "'down' has rank 2 in its tensors and 3"),
+    ({"alpha_pattern": {"u.*": 2, "[tu]p": 3}}, r"Several patterns of alpha_pattern match 'up', with values \[2, 3\]"),
+    ({"layers_to_transform": ["0"]}, "layers_to_transform in .* must be numbers of layers"),
+    ({"bias": "some"}, "bias in .* must be none, all or lora_only"),
+    ({"lora_bias": "yes"}, "lora_bias in .* must be true or false"),
     ({"alpha_pattern": {"up": 2, "^up": 3}}, r"Several patterns of alpha_pattern match 'up', with values \[2, 3\]"),
     ({"rank_pattern": {"up": 3}}, "'up' has rank 2 in its tensors and 3"),
     ({"target_modules": [1]}, "target_modules in .* must be a list of names"),
@@ -78,21 +90,33 @@ TENSOR_ERRORS = [
         {UP.replace("up", "upp"): A, "base_model.model.upp.lora_B.weight": B},
         "2 tensors of the adapter are for nothing in the base: .*upp.*\n  nearest to the first: up",
     ),
-    ({"up.lora_A.weight": A}, "does not begin with 'base_model.model.'"),
+    ({"up.lora_A.weight": A}, "named in several ways: 'up.lora_A.weight' begins with no prefix"),
     ({"base_model.model.up.lora_magnitude_vector": B[:, 0]}, "DoRA's magnitudes"),
     ({"base_model.model.up.lora_C.weight": A}, "of a kind that jlora does not know"),
     ({"base_model.model.down.weight": np.ones((7, 5), np.float32)}, "needs the value of 'down/kernel'"),
     ({"base_model.model.../../etc/passwd": A}, "for nothing in the base"),
     ({"base_model.model.up.lora_B.bias": np.ones(5, np.float32)}, "for nothing in the base"),
-    ({"base_model.model.down.lora_B.bias": np.ones(7, np.float32)}, "needs the value of 'down/bias'"),
-    ({"base_model.model.down.base_layer.bias": np.ones(5, np.float32)}, r"has shape \(5,\); 'down/bias' \(7,\) is \(7,\) there"),
-    ({"base_model.model.up.token_adapter.trainable_tokens_delta": A}, "needs the value of 'up/kernel'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensors", "message"), TENSOR_ERRORS)
 def test_tensors_are_refused(saved, tensors, message):
     edit(saved, {}, tensors)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(saved, SITES)
+
+
+ONES, M = np.ones(7, np.float32), "base_model.model."
+BIAS_ERRORS = [
+    ({"bias": "all"}, {f"{M}down.base_layer.bias": ONES[:5]}, r"has shape \(5,\); 'down/bias' \(7,\) is \(7,\) there"),
+    ({"lora_bias": True}, {f"{M}up.lora_B.bias": ONES[:5], f"{M}down.lora_B.bias": ONES}, "for nothing in the base: .*up"),
+    ({"trainable_token_indices": {"up": [1]}}, {f"{M}up.token_adapter.trainable_tokens_delta": A}, "needs the value of 'up/"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "tensors", "message"), BIAS_ERRORS)
+def test_declared_tensors_are_refused(saved, config, tensors, message):
+    edit(saved, config, tensors)
     with pytest.raises(ValueError, match=message):
         jlora.peft.load(saved, SITES)
 
@@ -104,7 +128,7 @@ def test_base_weights_in_the_file_must_be_the_base(saved):
     with pytest.raises(ValueError, match="is not what 'down/kernel' is in the base"):
         jlora.peft.load(saved, SITES, params=PARAMS)
     edit(saved, {"modules_to_save": ["down"]})
-    with pytest.raises(ValueError, match="factors and whole values for the same leaf: down/kernel"):
+    with pytest.raises(ValueError, match="factors for 1 modules that its configuration leaves out: down"):
         jlora.peft.load(saved, SITES, params=PARAMS)
 
 

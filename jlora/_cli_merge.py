@@ -13,14 +13,14 @@ import numpy as np
 
 import jlora
 from jlora import _cli_ties as ties
-from jlora import _files, _paths, _peft_config
+from jlora import _files, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._checksums import FILE as CHECKSUMS
 from jlora._cli_adapters import Opened, Refusal, new_folder
 from jlora._cli_weights import OTHER_WEIGHTS, Layout, Weights, load_checkpoint, sync
 from jlora._export_tree import write_merged
 from jlora._fold import Fold
 from jlora._peft_keys import part_of
-from jlora._peft_read import open_tensors
 from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]
@@ -73,7 +73,8 @@ class Plan:
         add_new: bool,
     ):
         self.weights, self.layout = weights, Layout(weights, conv1d)
-        self.config = _peft_config.read(found.path)
+        assert found.files is not None  # what is no PEFT adapter does not come here
+        self.config, self.tensors = found.files.config, found.files.tensors
         self.low: dict[str, tuple[LowRank, bool]] = {}
         self.full: dict[str, FullWeight] = {}
         self.added: list[str] = []
@@ -93,18 +94,17 @@ class Plan:
         for path in (p for p in found.lora if p not in tied):
             self._put(path, names[path], found.lora[path])
         self.layout.check_used()
-        self._check_carried(found.path, renamed)
+        self._check_carried(renamed)
         self._check_untied(tied)
 
-    def _check_carried(self, adapter: Path, renamed: tuple[str, str]) -> None:
+    def _check_carried(self, renamed: tuple[str, str]) -> None:
         """PEFT writes the base's embedding beside factors for it, and loads it from there: it has to be the base's."""
-        tensors = open_tensors(adapter)
-        for key in tensors.header:
+        for key in self.tensors.header:
             part = part_of(key)
             name = self.name(f"{part.module}.weight", *renamed)
             if part.role != "weight" or not key.endswith(".base_layer.weight") or name not in self.weights:
                 continue
-            mine, theirs = self.weights.read(name), tensors.read(key)
+            mine, theirs = self.weights.read(name), self.tensors.read(key)
             coarse = max(float(jnp.finfo(x.dtype).eps) for x in (mine, theirs))
             mine, theirs = mine.astype(np.float32), theirs.astype(np.float32)
             if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2 * coarse, atol=1e-6):
@@ -245,6 +245,7 @@ def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step
             _files.write_json(part / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         if weights.folder is not None:
             _copy_rest(weights.folder, part, set(files), fold.dtype, report)
+            weights.check_standing()
     report.lost = fold.lost
     return report
 
@@ -300,7 +301,7 @@ def _contents(plan: Plan, name: str, dtype: np.dtype, fold: Fold) -> np.ndarray:
 def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, report: Report) -> None:
     """Configuration, tokeniser and whatever else is no weight; the base's weights in other formats are not the merged ones."""
     for path in sorted(base.iterdir()):
-        if path.name in written or path.name == INDEX:
+        if path.name in written or path.name in (INDEX, CHECKSUMS):
             continue
         if not path.is_file() or OTHER_WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
             report.left_out.append(path.name)

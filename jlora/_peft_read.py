@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora import _files, _layouts, _paths, _peft_config
+from jlora import _checksums, _files, _folders, _layouts, _paths, _peft_config
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, places
@@ -49,11 +49,36 @@ class Pair(NamedTuple):
     swapped: bool
 
 
+class Files(NamedTuple):
+    """The two files of an adapter: they belong together, whatever is saved at their place after they were opened.
+
+    Attributes:
+        config: What of the configuration matters.
+        tensors: The file of tensors, open.
+        about: All that the configuration says.
+    """
+
+    config: Config
+    tensors: _files.Safetensors
+    about: Mapping[str, Any]
+
+
+def open_adapter(folder: Path) -> Files:
+    """Opens and checks what one adapter consists of."""
+    return _folders.steady(folder, _open_adapter)
+
+
+def _open_adapter(folder: Path) -> Files:
+    sums = _checksums.read(folder)
+    about = _peft_config.content_of(folder, sums.of(_peft_config.FILE))
+    return Files(_peft_config.read(folder, about), open_tensors(folder, sums.of(TENSORS)), about)
+
+
 class Reader:
     """One adapter on its way from a file into a base.
 
     Args:
-        folder: Of the adapter.
+        files: Of the adapter.
         sites: Of the base.
         names: See ``jlora.peft.load``.
         params: Values of the base by path, where they are known.
@@ -63,7 +88,7 @@ class Reader:
 
     def __init__(
         self,
-        folder: Path,
+        files: Files,
         sites: Sites,
         names: Names,
         params: Mapping[str, Any],
@@ -71,8 +96,7 @@ class Reader:
         alone: bool = False,
         without: Collection[str] = (),
     ):
-        self.config: Config = _peft_config.read(folder)
-        self.tensors = open_tensors(folder)
+        self.config, self.tensors = files.config, files.tensors
         self.params, self.sites, self.alone = params, sites, alone
         self.leaves: dict[str, Site] = {**sites, **sites.skipped}
         named = [Leaf(path, shape, _batch(self.leaves[path])) for path, shape, _ in sites.base.leaves]
@@ -338,8 +362,8 @@ class Reader:
         return a, _layouts.rotated_outputs(b, pair.place.weight.rotary_heads, batch, back=True)
 
 
-def open_tensors(folder: Path) -> _files.Safetensors:
-    """The checked file of an adapter's tensors."""
+def open_tensors(folder: Path, digest: str = "") -> _files.Safetensors:
+    """The checked file of an adapter's tensors, whose SHA-256 is ``digest`` if that is known."""
     file = folder / TENSORS
     if not file.exists():
         pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -349,7 +373,7 @@ def open_tensors(folder: Path) -> _files.Safetensors:
             else ""
         )
         raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {TENSORS}.{hint}")
-    tensors = _files.Safetensors(file)
+    tensors = _files.Safetensors(file, digest=digest)
     for key in tensors.header:
         if len(key) > MAX_KEY or key.count(".") >= MAX_DEPTH:
             raise ValueError(

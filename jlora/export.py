@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _hosts, _layouts, _paths
+from jlora import _checksums, _files, _folders, _hosts, _layouts, _paths
 from jlora._adapters import Adapter, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
@@ -92,12 +92,12 @@ def save(
     """
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
-    _files.check_free(path, **options)
+    _folders.check_free(path, **options)
     _check_config(config)
     export = _Export(params, lora, sites, names, Fold(dtype, rounding, key))
     shards = _shards(export.entries, shard_bytes)
     done = 0
-    with _files.new_folder(path, **options) as part:
+    with _folders.new_folder(path, **options) as part:
         for file, entries in shards.items():
             with open(part / file, "wb") as f:
                 _files.write_header(
@@ -190,16 +190,21 @@ def _ignored(ignore: str | Sequence[str], sources: Mapping[str, Any]) -> set[str
 
 
 def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
-    """The checked files of a model by the name of each tensor."""
+    """The checked files of a model by the name of each tensor, all open: they are of one model, whatever is saved there meanwhile."""
+    return _folders.steady(folder, _open_weights)
+
+
+def _open_weights(folder: Path) -> dict[str, _files.Safetensors]:
+    sums = _checksums.read(folder if folder.is_dir() else folder.parent)
     if (folder / INDEX).exists():
-        index = _files.read_json(folder / INDEX).get("weight_map")
+        index = _files.read_json(folder / INDEX, digest=sums.of(INDEX)).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
             raise ValueError(f"{folder / INDEX} has no weight_map.")
         shards = {}
         for name in sorted(set(index.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names the file '{_files.shown(name)}', which is not beside it.")
-            shards[name] = _files.Safetensors(folder / name, _files.BITS)
+            shards[name] = _files.Safetensors(folder / name, _files.BITS, sums.of(name))
         every = Counter(t for shard in shards.values() for t in shard.header)
         twice, times = every.most_common(1)[0]
         if times > 1:
@@ -213,7 +218,7 @@ def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
     file = folder if folder.suffix == ".safetensors" else folder / ONE
     if not file.exists():
         raise FileNotFoundError(f"There are no weights at {folder}: neither {ONE} nor {INDEX}.")
-    one = _files.Safetensors(file, _files.BITS)
+    one = _files.Safetensors(file, _files.BITS, sums.of(file.name, needed=folder != file))
     return dict.fromkeys(one.header, one)
 
 

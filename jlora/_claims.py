@@ -37,7 +37,8 @@ def _made(file: Path) -> int:
             os.write(held, f"{socket.gethostname()} {os.getpid()}\n".encode())
             if _is_at(file, held):
                 return held
-        except BaseException:
+        except BaseException:  # the disk may be full
+            file.unlink(missing_ok=True)
             os.close(held)
             raise
         os.close(held)  # a save that sweeps was faster than the lock, and took it for a dead one's

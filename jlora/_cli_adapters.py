@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import _files, _folders, _peft_config, _peft_read, peft
+from jlora import _files, _folders, _peft_config, _peft_files, peft
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_show import Refusal
 from jlora._export_tree import MARKS as CHECKPOINT
+from jlora._peft_files import Files
 from jlora._peft_keys import TENSORS, part_of
-from jlora._peft_read import Files
 from jlora._sites import Site, Sites
 
 Format = Literal["orbax", "peft"]
@@ -97,7 +97,7 @@ def open_adapter(
 def open_files(path: Path) -> Files | None:
     """The files of an adapter, if it is PEFT's."""
     path = _files.folder(path)
-    return _peft_read.open_adapter(path) if format_of(path) == "peft" else None
+    return _peft_files.open_adapter(path) if format_of(path) == "peft" else None
 
 
 def check_same_format(paths: Sequence[Path]) -> Format:

@@ -7,7 +7,7 @@ import typer
 
 from jlora import _cli_adapters as adapters
 from jlora import _cli_weights as models
-from jlora import _files, _paths, _peft_read, peft
+from jlora import _files, _paths, _peft_files, peft
 from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
@@ -112,7 +112,7 @@ def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> 
             "  --base CHECKPOINT: an orbax checkpoint of Flax parameters, where a matrix named kernel is (in, out).\n"
             "  Otherwise in Python: jlora.peft.load(folder, jlora.sites(fn, params, x), names=...), and jlora.save."
         )
-    files, values = _peft_read.open_adapter(adapter), None
+    files, values = _peft_files.open_adapter(adapter), None
     needed = adapters.needs_values(files)
     if base is not None:
         base = _files.folder(base)

@@ -165,7 +165,7 @@ class Safetensors:
     def _pieces(self, found: Tensor) -> Iterator[bytes]:
         """The contents of a tensor, a few megabytes at a time; raises if the file is not what it was when it was opened."""
         with self._lock:
-            self._check_digest()
+            self.check_digest()
             self._f.seek(found.start)
             left = found.size
             while left:
@@ -176,13 +176,15 @@ class Safetensors:
                 left -= len(piece)
             self._check_unchanged()
 
-    def _check_digest(self) -> None:
-        if self._digest:
-            self._f.seek(0)
-            found = hashlib.file_digest(self._f, "sha256").hexdigest()
-            self._check_unchanged()
-            check_digest(self.file, found, self._digest)
-            self._digest = ""
+    def check_digest(self) -> None:
+        """Raises if the file is not what was saved, as far as that is known; reads all of it, once."""
+        with self._lock:
+            if self._digest:
+                self._f.seek(0)
+                found = hashlib.file_digest(self._f, "sha256").hexdigest()
+                self._check_unchanged()
+                check_digest(self.file, found, self._digest)
+                self._digest = ""
 
     def _check_unchanged(self) -> None:
         if self._state() != self._opened:

@@ -66,7 +66,7 @@ def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) 
             check()
             _take_along(path, part, marks)
             sync_folder(part)
-            _put(part, path, old, check)
+            _put(part, path, old, check, overwrite)
         except BaseException:
             _undo(path, part, old)
             raise
@@ -88,11 +88,11 @@ def _undo(path: Path, part: Path, old: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _put(new: Path, path: Path, old: Path, check: Callable[[], None]) -> None:
+def _put(new: Path, path: Path, old: Path, check: Callable[[], None], overwrite: bool) -> None:
     """Gives ``new`` the name ``path``; what was there has then that of ``new``, or ``old``. Others may do the same at the same time."""
     for left in reversed(range(TRIES)):
         try:
-            if path.exists() and any(path.iterdir()):
+            if overwrite and path.exists() and any(path.iterdir()):
                 if exchange(new, path):
                     return
                 shutil.rmtree(old, ignore_errors=True)

@@ -9,8 +9,9 @@ import numpy as np
 from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
 from jlora._advice import Advised
+from jlora._peft_files import Files
 from jlora._peft_keys import ends, joined, parts_of
-from jlora._peft_read import IN_PROJ, Files
+from jlora._peft_read import IN_PROJ
 from jlora._sites import Site, Sites
 
 UNKNOWN = "the adapter replaces it"

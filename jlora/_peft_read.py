@@ -5,20 +5,18 @@ First the names and shapes of the header are matched with the leaves of the base
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora import _checksums, _files, _folders, _layouts, _paths, _peft_config
+from jlora import _files, _layouts, _paths, _peft_config
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, places
-from jlora._peft_config import Config
+from jlora._peft_files import Files
 from jlora._peft_keys import (
     FACTORS,
     PREFIX,
-    TENSORS,
     TRAINED,
     Part,
     check_once,
@@ -33,7 +31,6 @@ from jlora._peft_match import Ends
 from jlora._sites import Site, Sites
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
-MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
 
 
@@ -47,31 +44,6 @@ class Pair(NamedTuple):
     rank: int
     scale: float
     swapped: bool
-
-
-class Files(NamedTuple):
-    """The two files of an adapter: they belong together, whatever is saved at their place after they were opened.
-
-    Attributes:
-        config: What of the configuration matters.
-        tensors: The file of tensors, open.
-        about: All that the configuration says.
-    """
-
-    config: Config
-    tensors: _files.Safetensors
-    about: Mapping[str, Any]
-
-
-def open_adapter(folder: Path) -> Files:
-    """Opens and checks what one adapter consists of."""
-    return _folders.steady(folder, _open_adapter)
-
-
-def _open_adapter(folder: Path) -> Files:
-    sums = _checksums.read(folder)
-    about = _peft_config.content_of(folder, sums.of(_peft_config.FILE))
-    return Files(_peft_config.read(folder, about), open_tensors(folder, sums.of(TENSORS)), about)
 
 
 class Reader:
@@ -360,27 +332,6 @@ class Reader:
         else:
             a, b = _layouts.factors_from_peft(x, y, pair.axes, pair.layer)
         return a, _layouts.rotated_outputs(b, pair.place.weight.rotary_heads, batch, back=True)
-
-
-def open_tensors(folder: Path, digest: str = "") -> _files.Safetensors:
-    """The checked file of an adapter's tensors, whose SHA-256 is ``digest`` if that is known."""
-    file = folder / TENSORS
-    if not file.exists():
-        pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
-        hint = (
-            f"\n  {pickled[0]} is a pickle, which can run anything and is never read: save it again with PEFT, which writes safetensors."
-            if pickled
-            else ""
-        )
-        raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {TENSORS}.{hint}")
-    tensors = _files.Safetensors(file, digest=digest)
-    for key in tensors.header:
-        if len(key) > MAX_KEY or key.count(".") >= MAX_DEPTH:
-            raise ValueError(
-                f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {len(key):,} letters in {key.count('.') + 1:,} parts; "
-                f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
-            )
-    return tensors
 
 
 def _batch(site: Site) -> tuple[int, ...] | None:

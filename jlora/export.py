@@ -157,6 +157,8 @@ def load(
     where = _files.folder(folder)
     tree = _Tree(params, sites, names)
     sources = open_weights(where)
+    for source in set(sources.values()):
+        source.check_digest()
     missing = sorted({name for name in tree.by_name if tree.by_name[name].first} - set(sources))
     left = sorted(set(sources) - set(tree.by_name) - _ignored(ignore, sources))
     if missing or left:
@@ -211,6 +213,8 @@ def _open_weights(folder: Path) -> dict[str, _files.Safetensors]:
             raise ValueError(f"'{_files.shown(twice)}' is in two files of {folder}.")
         wrong = [t for t, file in index.items() if t not in shards[file].header]
         if wrong or len(every) != len(index):
+            for shard in shards.values():  # a damaged one is told by its name
+                shard.check_digest()
             raise ValueError(
                 f"{folder / INDEX} and its files do not agree: {_paths.listing([_files.shown(x) for x in wrong or shards], 4)}."
             )

@@ -21,8 +21,9 @@ from jlora._dtypes import as_float
 from jlora._init import of_site, whole_of_site
 from jlora._names import Names, Place, default_name
 from jlora._names import Weight as Weight
+from jlora._peft_files import Files, open_adapter
 from jlora._peft_plain import sites_of
-from jlora._peft_read import Files, Pair, Reader, open_adapter
+from jlora._peft_read import Pair, Reader
 from jlora._peft_write import save as save
 from jlora._sharding import followed
 from jlora._sites import Site, Sites
@@ -85,7 +86,9 @@ def _load(
     """``load``, of files that are opened once the other arguments are checked."""
     dtype = as_float(dtype)
     sites, values = _base(base, params)
-    reader = Reader(opened(), sites, names, values)
+    files = opened()
+    files.tensors.check_digest()
+    reader = Reader(files, sites, names, values)
     return _placed(_loaded(reader, dtype), params if params is not None else base)
 
 
@@ -119,6 +122,7 @@ def _read(
     files: Files, params: Mapping[str, Any], *, dtype: Any = None, without: Collection[str] = ()
 ) -> tuple[dict[str, Adapter], Sites]:
     """``read``, but for some keys of the file."""
+    files.tensors.check_digest()
     sites = sites_of(files, params, without)
     reader = Reader(files, sites, lambda path: path, params, alone=True, without=without)
     return _loaded(reader, dtype), sites

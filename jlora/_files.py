@@ -171,7 +171,7 @@ class Safetensors:
             while left:
                 piece = self._f.read(min(CHUNK, left))
                 if not piece:
-                    raise ValueError(f"{self.file} is damaged: it was cut while it was read.")
+                    raise self._changed()
                 yield piece
                 left -= len(piece)
             self._check_unchanged()
@@ -188,7 +188,10 @@ class Safetensors:
 
     def _check_unchanged(self) -> None:
         if self._state() != self._opened:
-            raise ValueError(f"{self.file} was changed while it was read.\n  Load it again when nothing writes to it.")
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(f"{self.file} was changed while it was read.\n  Load it again when nothing writes to it.")
 
     def _state(self) -> tuple[int, int]:
         about = os.fstat(self._f.fileno())

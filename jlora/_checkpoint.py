@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _hosts
+from jlora import _claims, _files, _folders, _hosts, _rename
 from jlora._adapters import Adapter
 from jlora._describe import describe, restore_target
 
 _JSON = "adapter.json"
-_MADE = re.compile(rf"arrays-[0-9a-f]{{12}}(\.orbax-checkpoint-tmp.*)?|\.{re.escape(_JSON)}\.[0-9a-f]{{12}}")
+_MADE = re.compile(rf"(?:arrays-|\.{re.escape(_JSON)}\.)([0-9a-f]{{12}})(?:\.orbax-checkpoint-tmp.*)?")
 """Names of what a save makes; whatever else is in the folder is not its own. Orbax writes beside the arrays first, under a longer name."""
+_TRIES = 10  # of a load while others save
 
 
 def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite: bool = False, **meta: Any) -> None:
@@ -71,13 +72,30 @@ def save(path: str | os.PathLike[str], lora: Mapping[str, Adapter], *, overwrite
     _hosts.first(lambda: _check_free(path, overwrite))
     name = _hosts.first(lambda: f"arrays-{uuid.uuid4().hex[:12]}")
     arrays = path / name
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         undo.callback(lambda: _discard(path, name) if _hosts.is_first() else None)
-        _hosts.first(lambda: path.mkdir(parents=True, exist_ok=True))
+        _hosts.first(lambda: _claim(path, name, held))
         _write_arrays(arrays, lora)
-        _hosts.first(lambda: _write_description(path, name, description))
+        _hosts.first(lambda: _write_description(path, name, description, overwrite))
         undo.pop_all()
     _hosts.first(lambda: _sweep(path, name))
+
+
+def _part(path: Path, arrays: str) -> Path:
+    """The description that will belong to some arrays. It is held by the save that writes them, from before there are any."""
+    return path / f".{_JSON}.{arrays.removeprefix('arrays-')}"
+
+
+def _claim(path: Path, arrays: str, held: contextlib.ExitStack) -> None:
+    """Tells other saves, as long as this one lives, that these arrays are not to be removed."""
+    for left in reversed(range(_TRIES)):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(_claims.claim(_part(path, arrays)))
+            return
+        except FileNotFoundError:  # a save that failed took the empty folder away
+            if not left:
+                raise
 
 
 def _checked(lora: Mapping[str, Adapter], meta: dict[str, Any]) -> dict[str, Any]:
@@ -136,14 +154,18 @@ def _check_array(name: str, x: Any) -> None:
             raise ValueError(f"{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
 
 
-def _write_description(path: Path, arrays: str, description: dict[str, Any]) -> None:
+def _write_description(path: Path, arrays: str, description: dict[str, Any], overwrite: bool) -> None:
     files = {name: _record(file) for name, file in _files_of(path / arrays).items()}
     described = description | {"arrays": arrays, "files": files}
-    _write_json(path / _JSON, described | {"digest": _digest(described)})
+    part = _part(path, arrays)
+    _write_json(part, described | {"digest": _digest(described)})
+    _put(part, path / _JSON, overwrite)
 
 
 def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]:
     """Loads an adapter. With several processes all of them call it.
+
+    If it is overwritten meanwhile, the new one is loaded. With several processes that is an error: load it again.
 
     Args:
         path: The folder ``save`` wrote.
@@ -158,9 +180,20 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
         ValueError: a file is missing, truncated or damaged; ``params`` is another base (the first difference is named); the arrays
             have 64 bits and JAX here has 32.
     """
+    folder = _same_folder(path)
+    for _ in range(_TRIES - 1 if _hosts.count() == 1 else 0):
+        before = _current(folder)
+        try:
+            return _load(_folders.standing(folder), params)
+        except (ValueError, OSError, KeyError):  # as of files that a save removed, for which orbax has several
+            if before == _current(folder):
+                raise
+    return _load(_folders.standing(folder), params)
+
+
+def _load(folder: Path, params: Any) -> dict[str, Adapter]:
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
-    folder = _same_folder(path)
     target: dict[str, Adapter] = {}
     found: dict[str, Any] = {}
 
@@ -200,7 +233,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no complete adapter at ``path``.
         ValueError: the JSON is damaged.
     """
-    file = _folder(path) / _JSON
+    file = _folders.standing(_folder(path)) / _JSON
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote."
@@ -289,15 +322,23 @@ def _difference(file: Path, record: Any) -> str:
 
 
 def _write_json(file: Path, description: Mapping[str, Any]) -> None:
-    """Writes ``file`` so that it is either as before or complete, also if the machine stops."""
-    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}")
-    with open(part, "x", encoding="utf-8") as f:
+    with open(file, "w", encoding="utf-8") as f:
         json.dump(description, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(part, file)
+
+
+def _put(part: Path, file: Path, overwrite: bool) -> None:
+    """Gives ``part`` the name ``file``, which is either as before or complete, also if the machine stops."""
     try:
-        _files.sync_folder(file.parent)
+        if overwrite or not _rename.rename_new(part, file):
+            _check_free(file.parent, overwrite)
+            os.replace(part, file)
+    except FileExistsError:  # another save was faster
+        _check_free(file.parent, overwrite)
+        raise
+    try:
+        _folders.sync_folder(file.parent)
     except OSError as error:
         raise OSError(
             f"The adapter at {file.parent} is the new one, but may not outlive a loss of power: {error}.\n"
@@ -325,7 +366,7 @@ def _discard(path: Path, arrays: str) -> None:
     """Removes what a failed save left, unless it came as far as to replace the adapter: what that names is never removed."""
     if not path.is_dir() or _current(path) == arrays:
         return
-    _remove(p for p in path.iterdir() if p.name.startswith((arrays, f".{_JSON}.")))
+    _remove(path, arrays)
     if not any(path.iterdir()):
         path.rmdir()
 
@@ -339,13 +380,20 @@ def _current(path: Path) -> Any:
 
 
 def _sweep(path: Path, keep: str) -> None:
-    """Removes what earlier saves left: the arrays just replaced, and remains of killed saves."""
-    _remove(p for p in path.iterdir() if p.name != keep)
+    """Removes what earlier saves left: arrays that were replaced, and remains of killed saves; what others are saving stays."""
+    names = {f"arrays-{match[1]}" for match in map(_MADE.fullmatch, os.listdir(path)) if match}
+    for arrays in sorted(names - {keep}):
+        with _claims.unclaimed(_part(path, arrays)) as dead:
+            # Read last: a save that was alive a moment ago may have become the current one.
+            if dead and _current(path) != arrays:
+                _remove(path, arrays)
 
 
-def _remove(found: Iterable[Path]) -> None:
-    """Removes those of ``found`` that saves made."""
-    for path in [p for p in found if _MADE.fullmatch(p.name)]:
+def _remove(path: Path, arrays: str) -> None:
+    """Removes what the save of some arrays made, first of all these."""
+    number = arrays.removeprefix("arrays-")
+    found = [p for p in path.iterdir() if (match := _MADE.fullmatch(p.name)) and match[1] == number]
+    for path in sorted(found, key=lambda p: p.name.startswith(".")):
         if not path.is_dir():
             path.unlink(missing_ok=True)
             continue

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora import _files, _peft_config, peft
+from jlora import _files, _folders, _peft_config, _peft_files, peft
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._cli_show import Refusal
 from jlora._export_tree import MARKS as CHECKPOINT
+from jlora._peft_files import Files
 from jlora._peft_keys import TENSORS, part_of
-from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 Format = Literal["orbax", "peft"]
@@ -40,6 +40,7 @@ class Opened(NamedTuple):
         lora: Adapters by path; of a PEFT adapter by PyTorch's names.
         about: What the folder says beside: the metadata of jlora's, some of the configuration of PEFT's.
         version: Of what wrote it.
+        files: Of a PEFT adapter, as it was read.
     """
 
     path: Path
@@ -47,10 +48,12 @@ class Opened(NamedTuple):
     lora: dict[str, Adapter]
     about: dict[str, Any]
     version: str
+    files: Files | None = None
 
 
 def format_of(path: Path) -> Format:
     """Which kind of adapter there is at ``path``."""
+    path = _folders.standing(path)
     if not path.is_dir():
         raise Refusal(f"There is no adapter at {path}: {'it is no folder' if path.exists() else 'nothing is there'}.")
     if (path / JSON).exists():
@@ -68,24 +71,33 @@ def _has(path: Path, kind: str) -> bool:
     return any((path / mark).exists() for mark in MARKS[kind])
 
 
-def open_adapter(path: Path, values: Mapping[str, Any] | None = None, without: Collection[str] = ()) -> Opened:
+def open_adapter(
+    path: Path, values: Mapping[str, Any] | None = None, without: Collection[str] = (), files: Files | None = None
+) -> Opened:
     """Reads an adapter of either format, all of it checked.
 
     Args:
         path: Its folder.
         values: Of the base, under PyTorch's names.
         without: Tensors of PEFT's to leave out.
+        files: Of PEFT's, if they are open already.
     """
     path = _files.folder(path)
-    if format_of(path) == "peft":
-        lora, _ = peft._read(path, {} if values is None else values, without=without)
-        config = _files.read_json(path / _peft_config.FILE)
-        about = {name: config[name] for name in ABOUT if isinstance(config.get(name), str)}
-        return Opened(path, "peft", lora, about, f"PEFT {about.get('peft_version', '')}".strip())
+    files = files or open_files(path)
+    if files is not None:
+        lora, _ = peft._read(files, {} if values is None else values, without=without)
+        about = {name: files.about[name] for name in ABOUT if isinstance(files.about.get(name), str)}
+        return Opened(path, "peft", lora, about, f"PEFT {about.get('peft_version', '')}".strip(), files)
     description = jlora.metadata(path)
     meta = description.get("meta")
     about = dict(meta) if isinstance(meta, dict) else {}
     return Opened(path, "orbax", jlora.load(path), about, f"jlora {_files.shown(description.get('jlora', ''))}")
+
+
+def open_files(path: Path) -> Files | None:
+    """The files of an adapter, if it is PEFT's."""
+    path = _files.folder(path)
+    return _peft_files.open_adapter(path) if format_of(path) == "peft" else None
 
 
 def check_same_format(paths: Sequence[Path]) -> Format:
@@ -160,7 +172,7 @@ def _cast(x: Adapter, dtype: str) -> Adapter:
 @contextmanager
 def new_folder(out: Path, kind: str, force: bool) -> Iterator[Path]:
     """A folder beside ``out`` that becomes it when the block ends well."""
-    with _files.new_folder(out, overwrite=force, marks=MARKS[kind], what=WORDS[kind]) as part:
+    with _folders.new_folder(out, overwrite=force, marks=MARKS[kind], what=WORDS[kind]) as part:
         yield part
 
 
@@ -173,7 +185,7 @@ def free(out: Path, kind: str, force: bool, inputs: Sequence[Path]) -> Path:
             raise Refusal(f"{path} would be replaced while it is read.\n  Choose another name than {out}.")
         if out.resolve().is_relative_to(read):
             raise Refusal(f"{out} lies inside {path}, which is only read.\n  Choose a name beside it.")
-    _files.check_free(out, overwrite=True, marks=MARKS[kind], what=WORDS[kind])
+    _folders.check_free(out, overwrite=True, marks=MARKS[kind], what=WORDS[kind])
     if not force and out.exists() and any(out.iterdir()):
         raise Refusal(f"There is already {WORDS[kind]} at {out}.\n  Choose another name, or replace it with --force.")
     return out
@@ -231,9 +243,9 @@ def sites_like(path: Path) -> Sites:
     return Sites(found, base)
 
 
-def needs_values(path: Path) -> bool:
+def needs_values(files: Files) -> bool:
     """Whether a PEFT adapter has more than factors: whole weights are compared with the base, rows are put into it."""
-    return any(part_of(key).role not in ("a", "b") for key in open_tensors(path).header)
+    return any(part_of(key).role not in ("a", "b") for key in files.tensors.header)
 
 
 def ranks_in_file(lora: Mapping[str, Adapter], form: Format, rank_pattern: bool) -> dict[str, int]:
@@ -250,12 +262,11 @@ class Added(NamedTuple):
     shape: tuple[int, ...]
 
 
-def added(path: Path) -> dict[str, Added]:
+def added(files: Files | None) -> dict[str, Added]:
     """By their keys, the tensors of an adapter that are changes of what the base has."""
-    path = _files.folder(path)
-    if format_of(path) != "peft":
+    if files is None:
         return {}
-    header = open_tensors(path).header
+    header = files.tensors.header
     parts = {key: part_of(key) for key in header}
     own = {part.module for part in parts.values() if part.role == "bias"}  # has the bias that B's is added to
     found = {}

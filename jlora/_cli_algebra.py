@@ -22,8 +22,9 @@ from jlora._cli_show import rank as rank_cell
 @command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
 def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     """Shows what an adapter adapts: shapes, ranks, scales, parameters, the norm and the effective rank of each update, its base."""
-    screen, added = Screen(json), adapters.added(adapter)
-    found = adapters.open_adapter(adapter, without=added)
+    screen, files = Screen(json), adapters.open_files(adapter)
+    added = adapters.added(files)
+    found = adapters.open_adapter(adapter, without=added, files=files)
     with progress("measure", len(found.lora), json) as step:
         sites = [_site(path, x, step) for path, x in found.lora.items()]
     sites = sorted([*sites, *map(_added_site, added.values())], key=lambda s: str(s["path"])) if added else sites
@@ -117,7 +118,7 @@ def resize(
     if (rank is None) == (energy is None):
         raise Refusal("Say either --rank or --energy.")
     form = adapters.format_of(_files.folder(adapter))
-    if base is not None and not adapters.added(adapter):
+    if base is not None and not adapters.added(adapters.open_files(adapter)):
         raise Refusal(f"{adapter} can be resized without its base.\n  Leave out --base.")
     out = adapters.free(out, form, force, [adapter] if base is None else [adapter, base])
     (found,), _, _ = _cli_base.open_all([adapter], base, form)

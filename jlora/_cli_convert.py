@@ -7,7 +7,7 @@ import typer
 
 from jlora import _cli_adapters as adapters
 from jlora import _cli_weights as models
-from jlora import _files, _paths, peft
+from jlora import _files, _paths, _peft_files, peft
 from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
@@ -112,21 +112,21 @@ def _to_own(adapter: Path, names: Any, like: Path | None, base: Path | None) -> 
             "  --base CHECKPOINT: an orbax checkpoint of Flax parameters, where a matrix named kernel is (in, out).\n"
             "  Otherwise in Python: jlora.peft.load(folder, jlora.sites(fn, params, x), names=...), and jlora.save."
         )
-    values = None
+    files, values = _peft_files.open_adapter(adapter), None
+    needed = adapters.needs_values(files)
     if base is not None:
         base = _files.folder(base)
         if models.kind_of(base, "--base takes the model that it is for.") != "checkpoint":
             raise Refusal(f"--base takes an orbax checkpoint of parameters.\n  got: {base}, safetensors")
-        values = models.load_checkpoint(base, values=adapters.needs_values(adapter))
-    shapes_only = values is not None and not adapters.needs_values(adapter)
+        values = models.load_checkpoint(base, values=needed)
+    shapes_only = values is not None and not needed
     target = adapters.sites_like(_files.folder(like)) if like is not None else values
     params = None if like is None and shapes_only else values
     try:
-        lora = peft.load(adapter, target, names=names, params=params)
+        lora = peft._load(lambda: files, target, names=names, params=params)
     except Advised as error:
         if error.need == "sites" and base is not None and like is None:
             raise Refusal(f"{error.problem}\n  {TELLS}") from error
         raise
-    config = _files.read_json(adapter / "adapter_config.json")
-    about = {k: config[k] for k in adapters.ABOUT[:-1] if isinstance(config.get(k), str)}
+    about = {k: files.about[k] for k in adapters.ABOUT[:-1] if isinstance(files.about.get(k), str)}
     return Opened(adapter, "orbax", lora, about, "")

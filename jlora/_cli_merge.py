@@ -13,8 +13,9 @@ import numpy as np
 
 import jlora
 from jlora import _cli_adapters as adapters
-from jlora import _cli_ties, _files, _paths, _peft_config, _ties
+from jlora import _cli_ties, _files, _paths, _ties
 from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._checksums import FILE as CHECKSUMS
 from jlora._cli_adapters import Opened, Refusal, new_folder
 from jlora._cli_base import Values
 from jlora._cli_ties import Tie
@@ -23,7 +24,7 @@ from jlora._export_tree import write_merged
 from jlora._fold import Fold
 from jlora._peft_declared import Base
 from jlora._peft_keys import part_of
-from jlora._peft_read import declared_of, open_tensors
+from jlora._peft_read import declared_of
 from jlora.export import INDEX, ONE
 
 Step = Callable[[str], None]
@@ -59,13 +60,12 @@ def open_adapter(path: Path, weights: Weights, renamed: tuple[str, str]) -> Open
     def name(path: str) -> str:
         return Plan.name(path, *renamed)
 
-    if adapters.format_of(path) == "peft":
-        task = (
-            _files.read_json(path / _peft_config.FILE).get("task_type") if (path / _peft_config.FILE).exists() else ""
-        )
-        modules = {part_of(key).module for key in open_tensors(path).header}
-        _cli_ties.check_can_untie(weights, [name(f"{module}.weight") for module in sorted(modules)], str(task))
-    return adapters.open_adapter(path, Values(weights, name))
+    files = adapters.open_files(path)
+    if files is not None:
+        modules = {part_of(key).module for key in files.tensors.header}
+        task = str(files.about.get("task_type", ""))
+        _cli_ties.check_can_untie(weights, [name(f"{module}.weight") for module in sorted(modules)], task)
+    return adapters.open_adapter(path, Values(weights, name), files=files)
 
 
 class Plan:
@@ -91,7 +91,8 @@ class Plan:
         add_new: bool,
     ):
         self.weights, self.layout = weights, Layout(weights, conv1d)
-        self.config = _peft_config.read(found.path)
+        assert found.files is not None  # what is no PEFT adapter does not come here
+        self.config, self.tensors = found.files.config, found.files.tensors
         self.task = str(found.about.get("task_type", ""))
         self.low: dict[str, tuple[LowRank, bool]] = {}
         self.full: dict[str, FullWeight] = {}
@@ -123,7 +124,7 @@ class Plan:
         inside = {name for path, name in self.names.items() if path.startswith(renamed[0])}
         self.beginning = renamed[0] if set(self.added) - inside and not renamed[1] else ""
         self.layout.check_used()
-        self._check_carried(found.path, renamed)
+        self._check_carried(renamed)
         self._check_declared(found, renamed)
         refusal = None if ties else _cli_ties.unsure(weights, [*self.low, *self.full], self.task)
         if refusal is not None and not any(_ties.is_head(name) for name in self.added):
@@ -172,10 +173,10 @@ class Plan:
 
     def _changes_both(self, lora: Mapping[str, Adapter], tied: bool) -> bool:
         """Whether PEFT changes head and embedding together: of trained tokens, and with ``ensure_weight_tying`` under two names."""
-        modules = (*self.config.saved, *self.config.targets)
-        tying = self.config.tying and any(m.split(".")[-1] in ("embed_tokens", "lm_head") for m in modules)
         tables = [x for name, x in lora.items() if _ties.is_embedding(name)]
-        return tying or (tied and bool(self.config.tokens) and any(isinstance(x, FullWeight) for x in tables))
+        return self.config.tying or (
+            tied and bool(self.config.tokens) and any(isinstance(x, FullWeight) for x in tables)
+        )
 
     def _complete(self, tie: Tie) -> None:
         """Where both stay one, and the base's files have both, they have one value."""
@@ -184,15 +185,14 @@ class Plan:
                 if tie.embedding in changes:
                     changes[tie.head] = changes[tie.embedding]  # type: ignore[assignment]
 
-    def _check_carried(self, adapter: Path, renamed: tuple[str, str]) -> None:
+    def _check_carried(self, renamed: tuple[str, str]) -> None:
         """PEFT writes the base's embedding beside factors for it, and loads it from there: it has to be the base's."""
-        tensors = open_tensors(adapter)
-        for key in tensors.header:
+        for key in self.tensors.header:
             part = part_of(key)
             name = self.source(self.name(f"{part.module}.weight", *renamed))
             if part.role != "weight" or not key.endswith(".base_layer.weight") or name not in self.weights:
                 continue
-            mine, theirs = self.weights.read(name), tensors.read(key)
+            mine, theirs = self.weights.read(name), self.tensors.read(key)
             coarse = max(float(jnp.finfo(x.dtype).eps) for x in (mine, theirs))
             mine, theirs = mine.astype(np.float32), theirs.astype(np.float32)
             if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2 * coarse, atol=1e-6):
@@ -207,7 +207,7 @@ class Plan:
         shapes = {(old + n.removeprefix(new) if n.startswith(new) else n): t.shape for n, t in self.weights.items()}
         matrices = {n: len(shape) == 2 for n, shape in shapes.items() if len(shape) > 1}
         base = Base(set(shapes), matrices, False, {})
-        declared = declared_of(self.config, open_tensors(found.path))
+        declared = declared_of(self.config, self.tensors)
         declared.check_factors(base, {path for path, x in found.lora.items() if isinstance(x, LowRank)})
         declared.check_missing(base)
 
@@ -313,6 +313,7 @@ def merge_safetensors(plan: Plan, out: Path, fold: Fold, force: bool, step: Step
             _files.write_json(part / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
         if weights.folder is not None:
             _copy_rest(weights.folder, part, set(files), fold.dtype, report)
+            weights.check_standing()
     report.lost = fold.lost
     return report
 
@@ -371,7 +372,7 @@ def _contents(plan: Plan, name: str, dtype: np.dtype, fold: Fold) -> np.ndarray:
 def _copy_rest(base: Path, to: Path, written: set[str], dtype: np.dtype | None, report: Report) -> None:
     """Configuration, tokeniser and whatever else is no weight; the base's weights in other formats are not the merged ones."""
     for path in sorted(base.iterdir()):
-        if path.name in written or path.name == INDEX:
+        if path.name in written or path.name in (INDEX, CHECKSUMS):
             continue
         if not path.is_file() or OTHER_WEIGHTS.fullmatch(path.name) or path.name.startswith("."):
             report.left_out.append(path.name)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 import jax
 import numpy as np
 
-from jlora import _files
+from jlora import _checksums, _files, _folders
 from jlora._cli_adapters import MARKS, Refusal
 from jlora.export import INDEX, ONE, open_weights
 
@@ -46,7 +46,7 @@ class Weights(Mapping[str, _files.Tensor]):
 
     def __init__(self, path: Path):
         self.folder = path if path.is_dir() else None
-        self._sources = open_weights(path)
+        self._sources, self._config = _folders.steady(path, _open)
         self.files = {
             source.file.name: sorted(source.header, key=lambda name: (source.header[name].start, name))
             for source in sorted(set(self._sources.values()), key=lambda source: source.file)
@@ -75,12 +75,26 @@ class Weights(Mapping[str, _files.Tensor]):
 
     def config(self) -> dict[str, Any]:
         """The model's ``config.json``; empty if there is none."""
-        file = None if self.folder is None else self.folder / "config.json"
-        return _files.read_json(file) if file is not None and file.exists() else {}
+        return self._config
+
+    def check_standing(self) -> None:
+        """Raises if the model was replaced since it was opened: its other files are then not those that belong to it."""
+        source = next(iter(self._sources.values()))
+        if not source.is_standing():
+            raise Refusal(f"{source.file.parent} was replaced while it was read.\n  Run the command again.")
+
+
+def _open(path: Path) -> tuple[dict[str, _files.Safetensors], dict[str, Any]]:
+    """The weights of a model and its configuration, which belong together."""
+    file = path / "config.json"
+    found = open_weights(path)
+    digest = _checksums.read(path).of(file.name, needed=False) if file.exists() else ""
+    return found, _files.read_json(file, digest=digest) if file.exists() else {}
 
 
 def kind_of(path: Path, wanted: str) -> Kind:
     """Which kind of model there is at ``path``; ``wanted`` says how the command takes one."""
+    path = _folders.standing(path)
     if path.is_file() and path.suffix == ".safetensors":
         return "safetensors"
     if not path.is_dir():

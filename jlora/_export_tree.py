@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora import _files, _hosts, _paths
+from jlora import _files, _folders, _hosts, _paths
 from jlora._adapters import Adapter, check_mergeable
 from jlora._fold import Fold, Rounding
 from jlora._overflow import Overflow
@@ -85,7 +85,7 @@ def write_merged(
     from jlora import _orbax  # here: nothing else of an export needs orbax, which takes long to import
 
     options: dict[str, Any] = {"overwrite": overwrite, "marks": MARKS, "what": "a checkpoint"}
-    _files.check_free(path, **options)
+    _folders.check_free(path, **options)
     if lora is not None:
         check_lora(lora, params)
     paths, leaves, tree = _paths.flatten(params)
@@ -109,7 +109,7 @@ def write_merged(
         if progress is not None:
             progress(name, done, len(paths))
 
-    with _files.new_folder(path, **options) as part:
+    with _folders.new_folder(path, **options) as part:
         _orbax.write(part, jax.tree_util.tree_unflatten(tree, promised), written)
 
 

@@ -1,19 +1,18 @@
-"""Folders of safetensors: read with suspicion, written beside and moved into place when complete.
+"""Files of safetensors and JSON: read with suspicion, each opened once.
 
 A file that comes from somewhere may be anything. Its header is read and checked, under a cap, before anything of its size is
 allocated; nothing in it is used as a path, a pattern or code. What is written is the same byte for byte each time.
 """
 
-import contextlib
-import errno
+import hashlib
+import io
 import json
 import math
 import os
-import re
-import shutil
 import stat
-import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -70,23 +69,30 @@ def safetensors() -> Any:
     return safetensors
 
 
-def check_regular(file: Path, limit: float = math.inf) -> int:
-    """The size of ``file``; raises unless it is a regular file of at most ``limit`` bytes: reading a pipe or a device never ends."""
+def open_regular(file: Path, limit: float = math.inf) -> io.BufferedReader:
+    """``file``, open; raises unless it is a regular file of at most ``limit`` bytes: reading a pipe or a device never ends."""
     try:
-        about = file.stat()
+        held = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # nor does waiting for who writes to a pipe
     except OSError as error:
         raise FileNotFoundError(f"{file} cannot be read: {error.strerror}.") from None
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{file} is not a regular file.")
-    if about.st_size > limit:
-        raise ValueError(f"{file} has {about.st_size:,} bytes, more than the {limit:,} it may have.")
-    return about.st_size
+    f = open(held, "rb")  # noqa: SIM115 (the caller closes it)
+    try:
+        about = os.fstat(held)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{file} is not a regular file.")
+        if about.st_size > limit:
+            raise ValueError(f"{file} has {about.st_size:,} bytes, more than the {limit:,} it may have.")
+    except BaseException:
+        f.close()
+        raise
+    return f
 
 
-def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The object in a JSON file."""
-    check_regular(file, limit)
-    raw = file.read_bytes()
+def read_json(file: Path, limit: int = MAX_JSON, *, digest: str = "") -> dict[str, Any]:
+    """The object in a JSON file; ``digest`` is the SHA-256 that it has to have, if that is known."""
+    with open_regular(file, limit) as f:
+        raw = f.read(limit + 1)
+    check_digest(file, hashlib.sha256(raw).hexdigest(), digest)
     _check_values(raw, str(file))
     try:
         found = json.loads(raw)
@@ -97,12 +103,24 @@ def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     return found
 
 
+def check_digest(file: Path, found: str, wanted: str) -> None:
+    """Raises if a file has another SHA-256 than was written down when it was saved."""
+    if wanted and found != wanted:
+        raise ValueError(
+            f"{file} is not what was saved: its sha256 is {found[:12]}…, and {wanted[:12]}… in checksums.json beside it.\n"
+            "  It was damaged: copy it again. If it was changed on purpose, remove checksums.json, and nothing is compared."
+        )
+
+
 class Safetensors:
-    """A safetensors file whose header was checked; tensors are read one by one.
+    """A safetensors file whose header was checked; tensors are read one by one, all of them of the file that was opened.
+
+    The file stays open as long as this object lives: what then has its name does not matter.
 
     Args:
         file: The file.
         dtypes: Those it may hold: of an adapter floats; of a model whatever the format has.
+        digest: The SHA-256 that it has to have, if that is known; compared before the first tensor is read.
 
     Attributes:
         file: The file.
@@ -110,9 +128,14 @@ class Safetensors:
         metadata: What it says beside.
     """
 
-    def __init__(self, file: Path, dtypes: Collection[str] = FLOATS):
+    def __init__(self, file: Path, dtypes: Collection[str] = FLOATS, digest: str = ""):
         self.file = file
-        self.header, self.metadata = _header(file, dtypes)
+        self._f = open_regular(file)
+        weakref.finalize(self, self._f.close)
+        self._opened = self._state()
+        self._digest = digest
+        self._lock = threading.RLock()
+        self.header, self.metadata = _header(file, self._f, self._opened[0], dtypes)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of floats or integers, in the dtype of the file."""
@@ -120,39 +143,69 @@ class Safetensors:
         dtype = FLOATS.get(found.dtype) or INTEGERS.get(found.dtype)
         if dtype is None:
             raise ValueError(f"'{shown(name)}' in {self.file} holds {found.dtype}, which is not read here.")
-        x = np.fromfile(self.file, dtype, found.size // dtype.itemsize, offset=found.start)
-        if x.nbytes != found.size:
-            raise self._cut()
-        return x.reshape(found.shape)
+        x = np.empty(found.shape, dtype)
+        to = x.reshape(-1).view(np.uint8).data
+        done = 0
+        for piece in self._pieces(found):
+            to[done : done + len(piece)] = piece
+            done += len(piece)
+        return x
+
+    def is_standing(self) -> bool:
+        """Whether the file that is open still has its name."""
+        try:
+            return os.path.samestat(os.fstat(self._f.fileno()), os.stat(self.file))
+        except OSError:
+            return False
 
     def copy(self, name: str, to: BinaryIO) -> None:
         """Copies the contents of a tensor, whatever it holds."""
-        found = self.header[name]
-        left = found.size
-        with open(self.file, "rb") as f:
-            f.seek(found.start)
+        for piece in self._pieces(self.header[name]):
+            to.write(piece)
+
+    def _pieces(self, found: Tensor) -> Iterator[bytes]:
+        """The contents of a tensor, a few megabytes at a time; raises if the file is not what it was when it was opened."""
+        with self._lock:
+            self.check_digest()
+            self._f.seek(found.start)
+            left = found.size
             while left:
-                piece = f.read(min(CHUNK, left))
+                piece = self._f.read(min(CHUNK, left))
                 if not piece:
-                    raise self._cut()
-                to.write(piece)
+                    raise self._changed()
+                yield piece
                 left -= len(piece)
+            self._check_unchanged()
 
-    def _cut(self) -> ValueError:
-        return ValueError(f"{self.file} is damaged: it was cut while it was read.")
+    def check_digest(self) -> None:
+        """Raises if the file is not what was saved, as far as that is known; reads all of it, once."""
+        with self._lock:
+            if self._digest:
+                self._f.seek(0)
+                found = hashlib.file_digest(self._f, "sha256").hexdigest()
+                self._check_unchanged()
+                check_digest(self.file, found, self._digest)
+                self._digest = ""
+
+    def _check_unchanged(self) -> None:
+        if self._state() != self._opened:
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(f"{self.file} was changed while it was read.\n  Load it again when nothing writes to it.")
+
+    def _state(self) -> tuple[int, int]:
+        about = os.fstat(self._f.fileno())
+        return about.st_size, about.st_mtime_ns
 
 
-def _header(file: Path, dtypes: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    size = check_regular(file)
-    with open(file, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{file} is no safetensors file, or was cut: {size} bytes cannot hold a header of {length:,}."
-            )
-        if length > MAX_HEADER:
-            raise ValueError(f"The header of {file} has {length:,} bytes; at most {MAX_HEADER:,} are read.")
-        raw = f.read(length)
+def _header(file: Path, f: BinaryIO, size: int, dtypes: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(f.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"{file} is no safetensors file, or was cut: {size} bytes cannot hold a header of {length:,}.")
+    if length > MAX_HEADER:
+        raise ValueError(f"The header of {file} has {length:,} bytes; at most {MAX_HEADER:,} are read.")
+    raw = f.read(length)
     _check_values(raw, f"The header of {file}")
     try:
         found = json.loads(raw, object_pairs_hook=_once)
@@ -224,7 +277,11 @@ def write_safetensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[
     """Writes tensors; the same ones give the same bytes."""
     ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
     if metadata is None:
-        safetensors().numpy.save_file(ready, file, {"format": "pt"})
+        library = safetensors()
+        try:
+            library.numpy.save_file(ready, file, {"format": "pt"})
+        except library.SafetensorError as error:  # so the library reports a full disk
+            raise OSError(f"{file} could not be written: {error}") from error
     else:  # the library writes several entries in any order
         spelled = [Entry(name, SPELLED[x.dtype], x.shape, x.nbytes) for name, x in ready.items()]
         entries = sorted(spelled, key=lambda e: (-ready[e.name].itemsize, e.name))
@@ -265,114 +322,6 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _sync(file: Path) -> None:
     with open(file, "rb") as f:
         os.fsync(f.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder outlive a loss of power, where the file system can: some have no such thing, and say ``EINVAL``."""
-    at = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(at)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` once the block ends well; otherwise nothing at ``path`` changes.
-
-    What is overwritten is what was written there of the same kind; other files and folders are in the new one too.
-
-    Args:
-        path: The final name.
-        overwrite: Replace what is there, if it is of the same kind.
-        marks: Names of files, one of which such a folder has: anything else is left alone.
-        what: Such a folder in words, for messages.
-    """
-    check_free(path, overwrite=overwrite, marks=marks, what=what)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    old = part.with_name(f"{part.name}.old")
-    try:
-        part.mkdir()
-        yield part
-        check_free(path, overwrite=overwrite, marks=marks, what=what)
-        _take_along(path, part, marks)
-        _exchange(part, path, old)
-    finally:  # wherever it was interrupted
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        for left in (part, old):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) -> None:
-    """Raises unless ``path`` is free, an empty folder, or may be overwritten, and there is, or can be, a folder to put it in."""
-    file = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
-    if file is not None:
-        raise NotADirectoryError(f"{path} cannot be written: {file} is a file, not a folder.\n  Choose another name.")
-    if not path.exists() and not path.is_symlink():
-        return
-    if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-        return
-    if not path.is_dir() or path.is_symlink() or not any((path / mark).exists() for mark in marks):
-        raise FileExistsError(f"{path} is not {what}: it is left alone.\n  Choose another name.")
-    if not overwrite:
-        raise FileExistsError(f"There is already {what} at {path}.\n  Choose another name, or say overwrite=True.")
-
-
-def _exchange(new: Path, path: Path, old: Path) -> None:
-    if path.exists():
-        os.rename(path, old)
-    os.rename(new, path)
-
-
-_MODEL = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-_CHECKPOINT = (
-    r"_(CHECKPOINT_)?METADATA|_sharding|_strings\.json|array_metadatas|commit_success\.txt|d|descriptor|"
-    r"manifest\.ocdbt|ocdbt\.process_\d+"
-)
-_WITH: Mapping[str, str] = {
-    "adapter_config.json": r"adapter_config\.json|adapter_model\.(safetensors|bin)",
-    "model.safetensors": _MODEL,
-    "model.safetensors.index.json": _MODEL,
-    "adapter.json": r"adapter\.json|arrays-[0-9a-f]{12}",
-    "_METADATA": _CHECKPOINT,
-    "_CHECKPOINT_METADATA": _CHECKPOINT,
-}
-"""By the mark of a folder, what belongs to it: if it stayed when the mark is overwritten, it would be read along, or be of no use."""
-
-
-def _take_along(path: Path, new: Path, marks: Sequence[str]) -> None:
-    """Puts into ``new`` what is in ``path`` and is neither written again nor of what is overwritten; ``path`` stays as it is."""
-    own = re.compile("|".join(_WITH[mark] for mark in marks))
-    shards = _shards(path / "model.safetensors.index.json") if "model.safetensors.index.json" in marks else set()
-    for other in path.iterdir() if path.exists() else ():
-        to = new / other.name
-        if own.fullmatch(other.name) or other.name in shards or to.exists():
-            continue
-        if other.is_dir() and not other.is_symlink():
-            shutil.copytree(other, to, symlinks=True, copy_function=_link)
-        else:
-            _link(other, to)
-
-
-def _shards(index: Path) -> set[str]:
-    """The files that the index of a model names, if it can be read."""
-    try:
-        return {x for x in map(str, read_json(index)["weight_map"].values()) if x.endswith(".safetensors")}
-    except (FileNotFoundError, ValueError, KeyError, AttributeError):
-        return set()
-
-
-def _link(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> None:
-    """The same file under another name, or where there are no links a copy of it."""
-    try:
-        os.link(file, to, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(file, to, follow_symlinks=False)
 
 
 def floats(x: np.ndarray, dtype: Any = None) -> np.ndarray:

@@ -109,17 +109,28 @@ class Config(NamedTuple):
         return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def read(folder: Path) -> Config:
-    """Reads and checks a configuration.
+def content_of(folder: Path, digest: str = "") -> dict[str, Any]:
+    """What a configuration says, whose SHA-256 is ``digest`` if that is known.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    file = folder / FILE
+    if not file.exists():
+        raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {FILE}.")
+    return _files.read_json(file, digest=digest)
+
+
+def read(folder: Path, content: Mapping[str, Any] | None = None) -> Config:
+    """Reads and checks a configuration; ``content`` is what it says, if that was read.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or asks for something that is not LoRA as jlora has it.
     """
     file = folder / FILE
-    if not file.exists():
-        raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {FILE}.")
-    c = _files.read_json(file)
+    c = content_of(folder) if content is None else content
     kind = c.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{file} is of type {_files.shown(kind)}; only LORA can be read.")

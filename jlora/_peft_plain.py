@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from jlora import _files, _peft_config
 from jlora._adapters import Fingerprint
 from jlora._advice import Advised
 from jlora._peft_declared import IN_PROJ
+from jlora._peft_files import Files
 from jlora._peft_keys import ends, joined, parts_of
-from jlora._peft_read import open_tensors
 from jlora._sites import Site, Sites
 
 UNKNOWN = "the adapter replaces it"
@@ -20,18 +19,18 @@ _CHANGED = {"tokens": "weight", "b_bias": "bias"}
 """Of what a file holds beside factors and whole weights, the parameter that it changes."""
 
 
-def sites_of(folder: Path, params: Mapping[str, Any], without: Collection[str] = ()) -> Sites:
+def sites_of(files: Files, params: Mapping[str, Any], without: Collection[str] = ()) -> Sites:
     """Sites of the base that an adapter is for, as far as the adapter tells.
 
     Args:
-        folder: Of the adapter.
+        files: Of the adapter.
         params: Values of the base by PyTorch's names, where they are known.
         without: Keys of the file to leave out.
 
     Raises:
         ValueError: a module has several adapted parameters, which the file does not name.
     """
-    config, tensors = _peft_config.read(folder), open_tensors(folder)
+    config, tensors = files.config, files.tensors
     parts = parts_of([key for key in tensors.header if key not in without], config.saved)
     adapted = {part.module for part in parts.values() if part.role == "a"}
     found: dict[str, Site] = {}

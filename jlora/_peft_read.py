@@ -5,23 +5,22 @@ First the names and shapes of the header are matched with the leaves of the base
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora import _files, _layouts, _paths, _peft_config, _peft_spelling
+from jlora import _files, _layouts, _paths, _peft_config
 from jlora._advice import Advised
 from jlora._layouts import Axes, Layer
 from jlora._names import ByName, Leaf, Names, Place, Weight, places
 from jlora._peft_config import Config
 from jlora._peft_declared import IN_PROJ, OUT_PROJ, Base, Declared
+from jlora._peft_files import Files
 from jlora._peft_keys import (
     BIASES,
     FACTORS,
     PREFIX,
     SOME,
-    TENSORS,
     TRAINED,
     Part,
     check_once,
@@ -35,7 +34,6 @@ from jlora._peft_keys import (
 from jlora._sites import Site, Sites
 
 SHARED = "shared"  # of the encoder-decoders of transformers (T5, BART), which look up through modules of their own
-MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
 
 
@@ -55,7 +53,7 @@ class Reader:
     """One adapter on its way from a file into a base.
 
     Args:
-        folder: Of the adapter.
+        files: Of the adapter.
         sites: Of the base.
         names: See ``jlora.peft.load``.
         params: Values of the base by path, where they are known.
@@ -65,7 +63,7 @@ class Reader:
 
     def __init__(
         self,
-        folder: Path,
+        files: Files,
         sites: Sites,
         names: Names,
         params: Mapping[str, Any],
@@ -73,8 +71,7 @@ class Reader:
         alone: bool = False,
         without: Collection[str] = (),
     ):
-        self.config: Config = _peft_config.read(folder)
-        self.tensors = open_tensors(folder)
+        self.config, self.tensors = files.config, files.tensors
         self.params, self.sites, self.alone = params, sites, alone
         self.leaves: dict[str, Site] = {**sites, **sites.skipped}
         named = [Leaf(path, shape, _batch(self.leaves[path])) for path, shape, _ in sites.base.leaves]
@@ -376,28 +373,6 @@ class Reader:
         else:
             a, b = _layouts.factors_from_peft(x, y, pair.axes, pair.layer)
         return a, _layouts.rotated_outputs(b, pair.place.weight.rotary_heads, batch, back=True)
-
-
-def open_tensors(folder: Path) -> _files.Safetensors:
-    """The checked file of an adapter's tensors."""
-    file = folder / TENSORS
-    if not file.exists():
-        pickled = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
-        hint = (
-            f"\n  {pickled[0]} is a pickle, which can run anything and is never read: save it again with PEFT, which writes safetensors."
-            if pickled
-            else ""
-        )
-        raise FileNotFoundError(f"There is no PEFT adapter at {folder}: it has no {TENSORS}.{hint}")
-    tensors = _files.Safetensors(file)
-    for key in tensors.header:
-        if len(key) > MAX_KEY or key.count(".") >= MAX_DEPTH:
-            raise ValueError(
-                f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {len(key):,} letters in {key.count('.') + 1:,} parts; "
-                f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
-            )
-    tensors.header = _peft_spelling.as_peft(file, tensors.header)
-    return tensors
 
 
 def is_uncalled(weight: Weight) -> bool:

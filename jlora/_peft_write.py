@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _hosts, _layouts, _paths, _peft_base, _peft_config
+from jlora import _files, _folders, _hosts, _layouts, _paths, _peft_base, _peft_config
 from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
 from jlora._dtypes import as_float
@@ -75,7 +75,7 @@ def save(
     check_lora(lora)
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (_peft_config.FILE,), "what": "a PEFT adapter"}
-    _files.check_free(path, **options)
+    _folders.check_free(path, **options)
     writer = Writer(lora, names, sites, params, as_float(dtype))
     for leaf, adapter in sorted(lora.items()):
         if isinstance(adapter, LowRank):
@@ -88,7 +88,7 @@ def save(
     ranks = writer.finish(portable)
     rate = _peft_config.dropout_of(writer.rates, sorted(writer.parameters), dropout)
     others = [] if base_folder is None else _peft_base.check(_files.folder(base_folder), writer.wanted)
-    with _files.new_folder(path, **options) as part:
+    with _folders.new_folder(path, **options) as part:
         _files.write_safetensors(part / TENSORS, writer.tensors, {BIASES: SOME} if writer.has_some_biases() else None)
         _peft_config.write(
             part,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import _files, _hosts, _layouts, _paths
+from jlora import _checksums, _files, _folders, _hosts, _layouts, _paths
 from jlora._adapters import Adapter, check_mergeable, fingerprint
 from jlora._artifact import arrays as arrays
 from jlora._artifact import function as function
@@ -98,14 +98,14 @@ def save(
     """
     path = _files.folder(folder)
     options: dict[str, Any] = {"overwrite": overwrite, "marks": (ONE, INDEX), "what": "an export"}
-    _files.check_free(path, **options)
+    _folders.check_free(path, **options)
     config = as_mapping(config)
     export = _Export(params, lora, sites, names, Fold(dtype, rounding, key, overflow))
     shards = _shards(export.entries, shard_bytes)
     ends = Ends((e.name, e.shape, export.is_both(e.place.path)) for e in export.entries)
     config = kept(path, config, ends)
     done = 0
-    with _files.new_folder(path, **options) as part:
+    with _folders.new_folder(path, **options) as part:
         for file, entries in shards.items():
             with open(part / file, "wb") as f:
                 _files.write_header(
@@ -156,6 +156,8 @@ def load(
     where = _files.folder(folder)
     tree = _Tree(params, sites, names)
     sources = open_weights(where)
+    for source in set(sources.values()):
+        source.check_digest()
     missing = sorted({name for name in tree.by_name if tree.by_name[name].first} - set(sources))
     left = sorted(set(sources) - set(tree.by_name) - _ignored(ignore, sources))
     if missing or left:
@@ -189,22 +191,29 @@ def _ignored(ignore: str | Sequence[str], sources: Mapping[str, Any]) -> set[str
 
 
 def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
-    """The checked files of a model by the name of each tensor."""
+    """The checked files of a model by the name of each tensor, all open: they are of one model, whatever is saved there meanwhile."""
+    return _folders.steady(folder, _open_weights)
+
+
+def _open_weights(folder: Path) -> dict[str, _files.Safetensors]:
+    sums = _checksums.read(folder if folder.is_dir() else folder.parent)
     if (folder / INDEX).exists():
-        index = _files.read_json(folder / INDEX).get("weight_map")
+        index = _files.read_json(folder / INDEX, digest=sums.of(INDEX)).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
             raise ValueError(f"{folder / INDEX} has no weight_map.")
         shards = {}
         for name in sorted(set(index.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{folder / INDEX} names the file '{_files.shown(name)}', which is not beside it.")
-            shards[name] = _files.Safetensors(folder / name, _files.BITS)
+            shards[name] = _files.Safetensors(folder / name, _files.BITS, sums.of(name))
         every = Counter(t for shard in shards.values() for t in shard.header)
         twice, times = every.most_common(1)[0]
         if times > 1:
             raise ValueError(f"'{_files.shown(twice)}' is in two files of {folder}.")
         wrong = [t for t, file in index.items() if t not in shards[file].header]
         if wrong or len(every) != len(index):
+            for shard in shards.values():  # a damaged one is told by its name
+                shard.check_digest()
             raise ValueError(
                 f"{folder / INDEX} and its files do not agree: {_paths.listing([_files.shown(x) for x in wrong or shards], 4)}."
             )
@@ -212,7 +221,7 @@ def open_weights(folder: Path) -> dict[str, _files.Safetensors]:
     file = folder if folder.suffix == ".safetensors" else folder / ONE
     if not file.exists():
         raise FileNotFoundError(f"There are no weights at {folder}: neither {ONE} nor {INDEX}.")
-    one = _files.Safetensors(file, _files.BITS)
+    one = _files.Safetensors(file, _files.BITS, sums.of(file.name, needed=folder != file))
     return dict.fromkeys(one.header, one)
 
 

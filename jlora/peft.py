@@ -6,8 +6,8 @@ table; every tensor is used exactly once. Needs ``pip install "jlora[peft]"``; P
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jlora._init import of_site, whole_of_site
 from jlora._layouts import Layer
 from jlora._names import Names, Place, default_name
 from jlora._names import Weight as Weight
+from jlora._peft_files import Files, open_adapter
 from jlora._peft_plain import sites_of
 from jlora._peft_read import Pair, Reader
 from jlora._peft_write import save as save
@@ -78,9 +79,18 @@ def load(
     References:
         Hu et al., 2021, arXiv:2106.09685, section 4.1; Kalajdzievski, 2023, arXiv:2312.03732 (``use_rslora``).
     """
-    where, dtype = _files.folder(folder), as_float(dtype)
+    return _load(partial(open_adapter, _files.folder(folder)), base, names=names, params=params, dtype=dtype)
+
+
+def _load(
+    opened: Callable[[], Files], base: Any, *, names: Names = None, params: Any = None, dtype: Any = None
+) -> dict[str, Adapter]:
+    """``load``, of files that are opened once the other arguments are checked."""
+    dtype = as_float(dtype)
     sites, values = _base(base, params)
-    reader = Reader(where, sites, names, values)
+    files = opened()
+    files.tensors.check_digest()
+    reader = Reader(files, sites, names, values)
     return _placed(_loaded(reader, dtype), params if params is not None else base)
 
 
@@ -106,15 +116,17 @@ def read(
         ValueError: as for ``load``; the file needs its base to be understood (trained tokens and biases of B without ``params``, unnamed
             experts).
     """
-    return _read(_files.folder(folder), {} if params is None else params, dtype=as_float(dtype))
+    dtype = as_float(dtype)
+    return _read(open_adapter(_files.folder(folder)), {} if params is None else params, dtype=dtype)
 
 
 def _read(
-    folder: Path, params: Mapping[str, Any], *, dtype: Any = None, without: Collection[str] = ()
+    files: Files, params: Mapping[str, Any], *, dtype: Any = None, without: Collection[str] = ()
 ) -> tuple[dict[str, Adapter], Sites]:
     """``read``, but for some keys of the file."""
-    sites = sites_of(folder, params, without)
-    reader = Reader(folder, sites, lambda path: path, params, alone=True, without=without)
+    files.tensors.check_digest()
+    sites = sites_of(files, params, without)
+    reader = Reader(files, sites, lambda path: path, params, alone=True, without=without)
     return _loaded(reader, dtype), sites
 
 

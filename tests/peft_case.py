@@ -50,6 +50,7 @@ def fresh(*rules):
 
 def edit(folder, config=None, tensors=None):
     """Changes a saved adapter: fields of its configuration, tensors by key (``None`` removes one)."""
+    (folder / "checksums.json").unlink(missing_ok=True)  # as the message about what was changed says
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
     if tensors is not None:

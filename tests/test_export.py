@@ -332,6 +332,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 def damaged(change):
     def apply(folder):
+        (folder / "checksums.json").unlink()
         found = load_file(folder / "model.safetensors")
         change(found)
         save_file(found, folder / "model.safetensors")
@@ -429,7 +430,7 @@ def test_other_dtypes_of_the_format_are_copied_but_not_read(tmp_path):
     with pytest.raises(ValueError, match=r"'four' in .* holds F4, which is not read here"):
         found.read("four")
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(ValueError, match="is damaged: it was cut while it was read"):
+    with pytest.raises(ValueError, match="was changed while it was read"):
         found.copy("eight", out)
 
 

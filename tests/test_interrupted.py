@@ -164,7 +164,12 @@ def test_shards_of_other_names_go_with_their_index(tmp_path):
     for name in ("notes.txt", "other.safetensors"):
         (folder / name).write_text("mine")
     Export().save(folder, 2)
-    assert {p.name for p in folder.iterdir()} == {"model.safetensors", "notes.txt", "other.safetensors"}
+    assert {p.name for p in folder.iterdir()} == {
+        "checksums.json",
+        "model.safetensors",
+        "notes.txt",
+        "other.safetensors",
+    }
 
 
 def test_where_there_are_no_links_files_are_copied(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from cli_case import MIX, PEFT, ROOT, base_of, call, commands, trained
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora import _cli_show, _files, cli
+from jlora import _cli_show, _folders, cli
 
 
 def test_nothing_is_written_into_what_is_read(here, own):
@@ -72,7 +72,7 @@ def test_a_failure_leaves_nothing(error, code, here, own, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(_files, "_exchange", fail)
+    monkeypatch.setattr(_folders, "_put", fail)
     for args in listed:
         message = call(*args, code=code)
         assert (

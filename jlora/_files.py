@@ -21,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._text import shown as shown
+
 MAX_HEADER = 32 * 2**20
 MAX_JSON = 16 * 2**20
+MAX_DEPTH = 64
 MAX_TENSORS = 100_000
 MAX_VALUES = 12 * MAX_TENSORS  # in JSON: what a header needs of 100,000 tensors with four axes
 FLOATS: Mapping[str, np.dtype] = {
@@ -94,7 +97,20 @@ def read_json(file: Path, limit: int = MAX_JSON) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {error}.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds {type(found).__name__}, not an object.")
+    if not is_shallow(found):
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} levels deep.")
     return found
+
+
+def is_shallow(x: Any) -> bool:
+    """Whether what was JSON has at most ``MAX_DEPTH`` levels: what is deeper, Python's own functions cannot go through."""
+    level = [x]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inner for v in values]
+        if not level:
+            return True
+    return False
 
 
 class Safetensors:
@@ -202,12 +218,6 @@ def _check_entry(
     numbers = (*shape, *offsets)
     if not all(type(x) is int and 0 <= x < 2**62 for x in numbers) or len(offsets) != 2 or len(shape) > 32:
         raise ValueError(f"The header of {file} is damaged: '{shown(name)}' has shape and offsets {shown(numbers)}.")
-
-
-def shown(x: Any, limit: int = 120) -> str:
-    """What a file says, short enough and harmless to print."""
-    text = str(x)[: limit + 1].encode("unicode_escape").decode()
-    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def check_finite(name: str, x: np.ndarray) -> np.ndarray:

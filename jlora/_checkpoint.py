@@ -28,6 +28,7 @@ from jlora import _files, _hosts
 from jlora._adapters import Adapter
 from jlora._describe import describe, restore_target
 from jlora._stored import Arrays, check_plain, sha256
+from jlora._text import shown
 
 _JSON = "adapter.json"
 _MADE = re.compile(rf"arrays-[0-9a-f]{{12}}(\.orbax-checkpoint-tmp.*)?|\.{re.escape(_JSON)}\.[0-9a-f]{{12}}")
@@ -126,7 +127,7 @@ def _check_precision(lora: Mapping[str, Adapter]) -> None:
         for name, x in adapter.arrays().items():
             if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
                 raise ValueError(
-                    f"'{path}'.{name} was saved in {x.dtype}, which JAX has not here: it would be cut to "
+                    f"'{shown(path)}'.{shown(name)} was saved in {x.dtype}, which JAX has not here: it would be cut to "
                     f"{jax.dtypes.canonicalize_dtype(x.dtype)}.\n"
                     "  Set JAX_ENABLE_X64=1, or load it inside `with jax.enable_x64(True):` and cast it."
                 )
@@ -134,10 +135,10 @@ def _check_precision(lora: Mapping[str, Adapter]) -> None:
 
 def _check_array(name: str, x: Any) -> None:
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(f"save cannot run inside a transformation such as jit: {name} is a tracer.")
+        raise TypeError(f"save cannot run inside a transformation such as jit: {shown(name)} is a tracer.")
     for piece in _hosts.pieces(x):
         if not bool(np.isfinite(piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece).all()):
-            raise ValueError(f"{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
+            raise ValueError(f"{shown(name)} is not finite: the adapter is not saved.\n  The last good one is kept.")
 
 
 def _write_description(path: Path, arrays: str, description: dict[str, Any]) -> None:
@@ -265,7 +266,7 @@ def _open(folder: Path, description: Mapping[str, Any], target: Mapping[str, Ada
         raise ValueError(f"The description in {folder / _JSON} is damaged: it names no files.")
     arrays = folder / str(name)
     if not os.path.lexists(arrays):
-        raise ValueError(f"The adapter at {folder} is damaged: the folder {name} is missing.")
+        raise ValueError(f"The adapter at {folder} is damaged: the folder {shown(name)} is missing.")
     check_plain(arrays, arrays.lstat())
     if description.get("digest") != _digest({k: v for k, v in description.items() if k != "digest"}):
         raise ValueError(f"{folder / _JSON} is damaged: it was changed after it was written.")
@@ -294,10 +295,10 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir() or not ((path / _JSON).exists() or _is_remains(path)):
-        raise FileExistsError(f"{path} is not an adapter: it is left alone.\n  Choose another folder.")
+        raise FileExistsError(f"{shown(path)} is not an adapter: it is left alone.\n  Choose another folder.")
     if (path / _JSON).exists() and not overwrite:
         raise FileExistsError(
-            f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
+            f"There is already an adapter at {shown(path)}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
         )
 
 

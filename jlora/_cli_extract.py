@@ -228,10 +228,10 @@ def _leaves(
         step(path)
         x, y = np.asarray(x), np.asarray(theirs[path])
         if x.shape != y.shape:
-            raise Refusal(f"'{path}' is {x.shape} in the base and {y.shape} in the tuned model.")
+            raise Refusal(f"'{_files.shown(path)}' is {x.shape} in the base and {y.shape} in the tuned model.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             if not np.array_equal(x, y):
-                raise Refusal(f"'{path}' holds {x.dtype} and differs: no adapter can have it.")
+                raise Refusal(f"'{_files.shown(path)}' holds {x.dtype} and differs: no adapter can have it.")
             continue
         site = sites[path]
         if not site.kind and x.ndim > 1:

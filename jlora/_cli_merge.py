@@ -154,7 +154,9 @@ class Plan:
             tail = ".".join(first.split(".")[cut:])
             ends = [n for n in self.weights if n == tail or n.endswith(f".{tail}")]
             if len(ends) == 1:
-                hints.append(f"If these are the same: --prefix {first.removesuffix(tail)}={ends[0].removesuffix(tail)}")
+                hints.append(
+                    f"If these are the same: --prefix {_files.shown(first.removesuffix(tail))}={_files.shown(ends[0].removesuffix(tail))}"
+                )
                 break
         if all(isinstance(lora[path], FullWeight) for path in lost):
             hints.append("If the adapter brings a head that the base does not have: --add-new")
@@ -223,7 +225,7 @@ def _check_tied(lora: Mapping[str, Adapter], one: str, two: str) -> None:
     shapes = {x.shape for x in updates}
     if len(kinds) > 1 or len(shapes) > 1 or np.linalg.norm(updates[0] - updates[1]) > 1e-5 * np.linalg.norm(updates[0]):
         raise Refusal(
-            f"'{one}' and '{two}' are one weight in the base (--tied), but were adapted apart.\n"
+            f"'{_files.shown(one)}' and '{_files.shown(two)}' are one weight in the base (--tied), but were adapted apart.\n"
             "  No merged model that ties them has both updates: untie the base first."
         )
 

@@ -71,7 +71,7 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
     try:
         if description["format"] != FORMAT:
             raise ValueError(
-                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT}.\n  Update jlora."
+                f"The adapter has format {shown(description['format'])}, this version of jlora reads {FORMAT}.\n  Update jlora."
             )
         base = Fingerprint(description["base"], partial=description.get("partial") is True)
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
@@ -79,7 +79,7 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
         for path, adapter in lora.items():
             _check_entry(path, adapter, shapes)
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {error}.") from None
+        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {shown(error)}.") from None
     if not lora:
         raise ValueError("The description of the adapter is damaged: it names no leaf.")
     if params is None:
@@ -127,7 +127,7 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
 def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     if entry["kind"] not in KINDS:
         raise ValueError(
-            f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}."
+            f"The adapter has a leaf of kind '{shown(entry['kind'])}'; this version of jlora knows {', '.join(KINDS)}."
         )
     kind = KINDS[entry["kind"]]
     arrays = {name: _from_array(x) for name, x in entry["arrays"].items()}
@@ -159,17 +159,17 @@ def _from_array(x: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
 def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises unless an adapter that was read fits the leaf it says it is for."""
     if path not in shapes:
-        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{path}'.")
+        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{shown(path)}'.")
     assert isinstance(adapter, LowRank | FullWeight)  # the kinds there are
     axes = sorted(d for group in (adapter.batch, adapter.inputs, adapter.outputs) for d in group)
     if axes != list(range(len(shapes[path]))) and (axes or isinstance(adapter, LowRank)):
-        raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
+        raise ValueError(f"The description of the adapter is damaged: '{shown(path)}' has axes {axes}.")
     if not set(adapter.window) <= set(adapter.inputs):
         raise ValueError(
-            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, inputs {adapter.inputs}."
+            f"The description of the adapter is damaged: '{shown(path)}' has window {adapter.window}, inputs {adapter.inputs}."
         )
     floats = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in adapter.arrays().values())
     ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}
     if adapter.shape != shapes[path] or not floats or len(ranks) != 1:
         found = {name: f"{x.shape} {x.dtype}" for name, x in adapter.arrays().items()}
-        raise ValueError(f"The description of the adapter is damaged: '{path}' {shapes[path]} has {found}.")
+        raise ValueError(f"The description of the adapter is damaged: '{shown(path)}' {shapes[path]} has {found}.")

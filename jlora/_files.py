@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._text import check_text
 from jlora._text import shown as shown
 
 MAX_HEADER = 32 * 2**20
@@ -180,6 +181,7 @@ def _header(file: Path, dtypes: Collection[str]) -> dict[str, Tensor]:
     if not 0 < len(entries) <= MAX_TENSORS:
         raise ValueError(f"{file} holds {len(entries):,} tensors; 1 to {MAX_TENSORS:,} are read.")
     for name, entry in entries.items():
+        check_text(name)
         _check_entry(file, name, dtypes, *entry)
     end, begin = 0, 8 + length
     for name, (dtype, shape, (start, stop)) in sorted(entries.items(), key=lambda item: item[1][2]):
@@ -224,12 +226,14 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     """``x``, if all of it is finite."""
     wide = x.astype(np.float32) if x.dtype.itemsize < 4 else x
     if not bool(np.isfinite(wide).all()):
-        raise ValueError(f"'{name}' is not finite.")
+        raise ValueError(f"'{shown(name)}' is not finite.")
     return x
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Any]) -> None:
     """Writes tensors; the same ones give the same bytes."""
+    for name in tensors:
+        check_text(name)
     ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
     safetensors().numpy.save_file(ready, file, {"format": "pt"})
     _sync(file)
@@ -249,6 +253,7 @@ def write_header(f: BinaryIO, entries: Iterable[Entry]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for e in entries:
+        check_text(e.name)
         header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [start, start + e.size]}
         start += e.size
     text = json.dumps(header, separators=(",", ":")).encode()

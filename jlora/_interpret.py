@@ -19,6 +19,7 @@ from jlora import _jax
 from jlora._factored import Factored
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty
 from jlora._products import Matrix, conv_general_dilated, dot_general, ragged_dot_general
+from jlora._text import shown
 from jlora._views import join, view
 
 Eqn = Any
@@ -183,7 +184,7 @@ class Interpreter:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             why = f"  reason: {reason}\n" if reason else ""
             raise DenseWeightError(
-                f"The adapted weight '{self.name(value.branch.path)}' would have to be made dense, as {value.shape}.\n"
+                f"The adapted weight '{shown(self.name(value.branch.path))}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
                 f"{why}"
                 "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"

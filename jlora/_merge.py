@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jlora import _jax, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._dtypes import as_float
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 
@@ -72,7 +73,7 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
         outright = [path for path, adapter in lora.items() if isinstance(adapter, FullWeight)]
         if outright:
             raise ValueError(
-                f"'{outright[0]}' is trained outright: its update is its value less the base's.\n"
+                f"'{shown(outright[0])}' is trained outright: its update is its value less the base's.\n"
                 "  Pass the base: delta(lora, params)."
             )
         return {path: adapter.delta(None) for path, adapter in lora.items()}

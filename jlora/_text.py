@@ -17,6 +17,18 @@ def printable(text: str) -> str:
     return "\n".join(map(_escaped, text.split("\n")))
 
 
+def check_text(name: str) -> None:
+    """Raises if ``name`` cannot be written as UTF-8, which formats of files ask for."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        half = name[error.start].encode("unicode_escape").decode()
+        raise ValueError(
+            f"'{shown(name)}' cannot be written as a name: {half} is half of a character, which no file of text holds.\n"
+            "  Rename it."
+        ) from None
+
+
 def _escaped(text: str) -> str:
     """Escapes what is not printable: control characters, marks of direction, widthless spaces, separators of lines, lone surrogates."""
     if text.isprintable():

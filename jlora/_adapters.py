@@ -16,6 +16,7 @@ from jax import lax
 
 from jlora._factored import Branch, Factored
 from jlora._labelled import RANK
+from jlora._text import shown
 
 
 def static(**default: Any) -> Any:
@@ -57,16 +58,16 @@ class Fingerprint:
         mine, theirs = ({path: (shape, dtype) for path, shape, dtype in f.leaves} for f in (self, other))
         for path in mine | theirs:
             if path not in theirs and not other.partial:
-                return f"'{path}' {_spell(*mine[path])} is missing"
+                return f"'{shown(path)}' {_spell(*mine[path])} is missing"
             if path not in mine and not self.partial:
-                return f"'{path}' {_spell(*theirs[path])} is not part of the adapter's base"
+                return f"'{shown(path)}' {_spell(*theirs[path])} is not part of the adapter's base"
             if path in mine and path in theirs and mine[path] != theirs[path]:
-                return f"'{path}' is {_spell(*theirs[path])}, not {_spell(*mine[path])}"
+                return f"'{shown(path)}' is {_spell(*theirs[path])}, not {_spell(*mine[path])}"
         return None
 
 
 def _spell(shape: tuple[int, ...], dtype: str) -> str:
-    return f"{shape} {dtype}"
+    return f"{shape} {shown(dtype)}"
 
 
 class Adapter:

@@ -13,6 +13,7 @@ from jlora import _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._advice import Advised
 from jlora._init import as_key
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 Lora = Mapping[str, Adapter]
@@ -26,7 +27,7 @@ def check(lora: Any) -> None:
     for path, x in lora.items():
         if not isinstance(x, LowRank | FullWeight):
             raise TypeError(
-                f"jlora.algebra knows LowRank and FullWeight adapters.\n  got: {type(x).__name__} for '{path}'\n"
+                f"jlora.algebra knows LowRank and FullWeight adapters.\n  got: {type(x).__name__} for '{shown(path)}'\n"
                 "  Leave it out: {path: x for path, x in lora.items() if isinstance(x, jlora.LowRank)}."
             )
         _ = x.shape  # raises for stacked factors
@@ -54,20 +55,21 @@ def several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
     for path, x in ((path, x) for lora in loras for path, x in lora.items()):
         before = seen.setdefault(path, x)
         if x.shape != before.shape:
-            raise ValueError(f"The adapters are for different shapes of '{path}': {before.shape} and {x.shape}.")
+            raise ValueError(f"The adapters are for different shapes of '{shown(path)}': {before.shape} and {x.shape}.")
         if x.base.partial and len(x.shape) > 1 and isinstance(x, LowRank) != isinstance(before, LowRank):
             raise ValueError(
-                f"'{path}' has factors in one adapter and is trained outright in another: which way it lies is not in PEFT's files.\n"
+                f"'{shown(path)}' has factors in one adapter and is trained outright in another: which way it lies is not in "
+                f"PEFT's files.\n"
                 "  Load both with their base: jlora.peft.load(folder, sites)."
             )
         if isinstance(x, LowRank) and isinstance(before, LowRank) and _roles(x) != _roles(before):
             raise ValueError(
-                f"The adapters split '{path}' differently: {_spelled(before)}, and {_spelled(x)}.\n"
+                f"The adapters split '{shown(path)}' differently: {_spelled(before)}, and {_spelled(x)}.\n"
                 "  Make both with the sites of one function."
             )
         if getattr(x, "only", "") != getattr(before, "only", ""):
             raise ValueError(
-                f"The adapters are for different uses of '{path}': {_only(before)}, and {_only(x)}.\n"
+                f"The adapters are for different uses of '{shown(path)}': {_only(before)}, and {_only(x)}.\n"
                 "  No adapter has an update for each: keep them apart, or untie the model."
             )
         if isinstance(x, LowRank):
@@ -117,7 +119,7 @@ def values_of(loras: Sequence[Lora], params: Any, call: str) -> dict[str, Any]:
         return {}
     if params is None:
         raise Advised(
-            f"'{outright[0]}' is trained outright: its update is its value less the base's.",
+            f"'{shown(outright[0])}' is trained outright: its update is its value less the base's.",
             f"Pass the base: {call}.",
             "params",
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora._adapters import Adapter, FullWeight, LowRank
+from jlora._text import check_text, shown
 from jlora._wrap import check_lora, wrap
 
 Arrays = dict[str, dict[str, jax.Array]]
@@ -45,12 +46,12 @@ def _plain(path: str, adapter: Adapter, rank: int | None) -> dict[str, jax.Array
         return {"value": adapter.value}
     if not isinstance(adapter, LowRank):
         raise TypeError(
-            f"Only LowRank and FullWeight adapters have plain arrays.\n  got: {type(adapter).__name__} at '{path}'"
+            f"Only LowRank and FullWeight adapters have plain arrays.\n  got: {type(adapter).__name__} at '{shown(path)}'"
         )
     more = 0 if rank is None else rank - adapter.rank
     if more < 0:
         raise ValueError(
-            f"'{path}' has rank {adapter.rank}, above {rank}.\n  Lower it with jlora.algebra.resize, or allow more."
+            f"'{shown(path)}' has rank {adapter.rank}, above {rank}.\n  Lower it with jlora.algebra.resize, or allow more."
         )
     n = len(adapter.batch)
     b = adapter.b * jnp.asarray(adapter.scale, adapter.b.dtype)
@@ -121,11 +122,12 @@ def _check_serialisable(**trees: Any) -> None:
         raise ImportError('flatbuffers is missing, with which JAX serialises.\n  pip install "jlora[peft]"')
     for name, tree in trees.items():
         for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            check_text(jax.tree_util.keystr(keys, simple=True, separator="/"))
             odd = next((k for k in keys if isinstance(k, jax.tree_util.DictKey) and not isinstance(k.key, str)), None)
             if odd is not None:
                 where = jax.tree_util.keystr(keys, simple=True, separator="/")
                 raise ValueError(
-                    f"JAX serialises only dicts whose keys are strings.\n  got: {odd.key!r} in '{where}' of {name}\n"
+                    f"JAX serialises only dicts whose keys are strings.\n  got: {odd.key!r} in '{shown(where)}' of {name}\n"
                     "  Name them: {str(key): x for key, x in layers.items()}."
                 )
 

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora import _claims, _files, _folders, _hosts, _rename
 from jlora._adapters import Adapter
 from jlora._describe import describe, restore_target
+from jlora._stored import Arrays, check_plain, sha256
+from jlora._text import shown
 
 _JSON = "adapter.json"
 _MADE = re.compile(rf"(?:arrays-|\.{re.escape(_JSON)}\.)([0-9a-f]{{12}})(?:\.orbax-checkpoint-tmp.*)?")
@@ -132,6 +133,10 @@ def _check_length(description: Mapping[str, Any]) -> None:
             f"The description of the adapter would have {length:,} bytes, more than the {limit:,} it may have.\n"
             "  Keep large metadata in files of your own."
         )
+    if not _files.is_shallow(description):
+        raise ValueError(
+            f"The metadata is nested more than {_files.MAX_DEPTH - 1} levels deep: load would not read it."
+        )
 
 
 def _check_precision(lora: Mapping[str, Adapter]) -> None:
@@ -140,7 +145,7 @@ def _check_precision(lora: Mapping[str, Adapter]) -> None:
         for name, x in adapter.arrays().items():
             if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
                 raise ValueError(
-                    f"'{path}'.{name} was saved in {x.dtype}, which JAX has not here: it would be cut to "
+                    f"'{shown(path)}'.{shown(name)} was saved in {x.dtype}, which JAX has not here: it would be cut to "
                     f"{jax.dtypes.canonicalize_dtype(x.dtype)}.\n"
                     "  Set JAX_ENABLE_X64=1, or load it inside `with jax.enable_x64(True):` and cast it."
                 )
@@ -148,10 +153,10 @@ def _check_precision(lora: Mapping[str, Adapter]) -> None:
 
 def _check_array(name: str, x: Any) -> None:
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(f"save cannot run inside a transformation such as jit: {name} is a tracer.")
+        raise TypeError(f"save cannot run inside a transformation such as jit: {shown(name)} is a tracer.")
     for piece in _hosts.pieces(x):
         if not bool(np.isfinite(piece.astype(np.float32) if piece.dtype.itemsize < 4 else piece).all()):
-            raise ValueError(f"{name} is not finite: the adapter is not saved.\n  The last good one is kept.")
+            raise ValueError(f"{shown(name)} is not finite: the adapter is not saved.\n  The last good one is kept.")
 
 
 def _write_description(path: Path, arrays: str, description: dict[str, Any], overwrite: bool) -> None:
@@ -192,37 +197,30 @@ def load(path: str | os.PathLike[str], params: Any = None) -> dict[str, Adapter]
 
 
 def _load(folder: Path, params: Any) -> dict[str, Adapter]:
-    import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
-
     target: dict[str, Adapter] = {}
     found: dict[str, Any] = {}
+    read: dict[str, dict[str, Any]] = {}
+    stored: list[Arrays] = []
 
     def check() -> None:
         found.update(metadata(folder))
         target.update(restore_target(found, params))
-        _verify(folder, found)
+        stored.append(_open(folder, found, target))
         _check_precision(target)
+
+    def fill() -> None:
+        for i, (leaf_path, adapter) in enumerate(sorted(target.items())):
+            read[leaf_path] = {
+                name: stored[0].read(f"{_key(i)}.{name}", x.sharding, f"{leaf_path}.{name}")
+                for name, x in adapter.arrays().items()
+            }
 
     _hosts.together(check)
     _hosts.agree("the adapter to load", [json.dumps(found, sort_keys=True)])
-    arrays = folder / str(found["arrays"])
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = _as_tree(target)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local if x.sharding is None else x.sharding), wanted
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            restored = checkpointer.restore(arrays, shapes)
-        except ValueError as error:
-            raise ValueError(f"The arrays in {arrays} do not fit their description.\n  {error}") from None
-    # Where nobody said where the base lives, neither is it said here: else exchanging adapters would compile again.
-    restored = jax.tree.map(
-        lambda x, like: x if like.sharding is not None else jnp.asarray(np.asarray(x)), restored, wanted
-    )
+    _hosts.together(fill)
     return {
-        leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [restored[_key(i)][name] for name in adapter.labels])
-        for i, (leaf_path, adapter) in enumerate(sorted(target.items()))
+        leaf_path: jax.tree.unflatten(jax.tree.structure(adapter), [read[leaf_path][name] for name in adapter.labels])
+        for leaf_path, adapter in sorted(target.items())
     }
 
 
@@ -234,10 +232,11 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the JSON is damaged.
     """
     file = _folders.standing(_folder(path)) / _JSON
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise FileNotFoundError(
             f"There is no adapter at {file.parent}: it has no {_JSON}.\n  Pass the folder that jlora.save wrote."
         )
+    check_plain(file, file.lstat())
     try:
         return _files.read_json(file)
     except ValueError as error:
@@ -290,35 +289,22 @@ def _files_of(folder: Path) -> dict[str, Path]:
 
 def _record(file: Path) -> list[Any]:
     """Size and digest of a file, which is not in memory as a whole."""
-    with open(file, "rb") as f:
-        return [file.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+    return [file.stat().st_size, sha256(file)]
 
 
-def _verify(folder: Path, description: Mapping[str, Any]) -> None:
-    """Raises unless the files that the description lists are those that were saved; no others are read."""
-    expected, name = description.get("files"), description.get("arrays")
-    if not isinstance(expected, dict) or not expected or not re.fullmatch(r"arrays-\w+", str(name)):
+def _open(folder: Path, description: Mapping[str, Any], target: Mapping[str, Adapter]) -> Arrays:
+    """The arrays that a description lists, their files checked."""
+    files, name = description.get("files"), description.get("arrays")
+    if not isinstance(files, dict) or not files or not re.fullmatch(r"arrays-\w+", str(name)):
         raise ValueError(f"The description in {folder / _JSON} is damaged: it names no files.")
-    if not (folder / str(name)).is_dir():
-        raise ValueError(f"The adapter at {folder} is damaged: the folder {name} is missing.")
+    arrays = folder / str(name)
+    if not os.path.lexists(arrays):
+        raise ValueError(f"The adapter at {folder} is damaged: the folder {shown(name)} is missing.")
+    check_plain(arrays, arrays.lstat())
     if description.get("digest") != _digest({k: v for k, v in description.items() if k != "digest"}):
         raise ValueError(f"{folder / _JSON} is damaged: it was changed after it was written.")
-    found = _files_of(folder / str(name))
-    for file, record in expected.items():
-        what = _difference(found[file], record) if file in found else "is missing"
-        if what:
-            raise ValueError(f"The adapter at {folder} is damaged: the file {name}/{_files.shown(file)} {what}.")
-
-
-def _difference(file: Path, record: Any) -> str:
-    """How a file differs from its record, or nothing; one of another size is not read."""
-    if not isinstance(record, list) or len(record) != 2:
-        return f"has the record {_files.shown(record)}"
-    size, digest = record
-    if file.stat().st_size != size:
-        return f"has {file.stat().st_size} bytes, not {_files.shown(size)}"
-    found = _record(file)[1]
-    return "" if found == digest else f"has sha256 {found[:12]}…, not {_files.shown(digest)[:12]}…"
+    expected = {f"{key}.{n}": x for key, found in _as_tree(target).items() for n, x in found.items()}
+    return Arrays(arrays, files, expected)
 
 
 def _write_json(file: Path, description: Mapping[str, Any]) -> None:
@@ -350,10 +336,10 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir() or not ((path / _JSON).exists() or _is_remains(path)):
-        raise FileExistsError(f"{path} is not an adapter: it is left alone.\n  Choose another folder.")
+        raise FileExistsError(f"{shown(path)} is not an adapter: it is left alone.\n  Choose another folder.")
     if (path / _JSON).exists() and not overwrite:
         raise FileExistsError(
-            f"There is already an adapter at {path}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
+            f"There is already an adapter at {shown(path)}.\n  Choose another folder, or replace it with save(..., overwrite=True)."
         )
 
 

@@ -231,7 +231,9 @@ def sites_like(path: Path) -> Sites:
     for leaf, shape, dtype in base.leaves:
         adapter = target.get(leaf)
         if isinstance(adapter, LowRank) and not adapter.use:
-            raise Refusal(f"{path} was saved by a jlora that did not keep how '{leaf}' is used: save it again.")
+            raise Refusal(
+                f"{path} was saved by a jlora that did not keep how '{_files.shown(leaf)}' is used: save it again."
+            )
         if isinstance(adapter, LowRank | FullWeight) and adapter.use:
             roles = adapter.inputs, adapter.outputs, adapter.batch
             more: dict[str, Any] = {"window": adapter.window, "groups": adapter.groups}

@@ -56,7 +56,8 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
     screen.note(f"{several(len(sites), 'weight')}, {several(total, 'parameter')}; {found.format} ({found.version})")
     name = base["name"] or "not named"
     screen.note(
-        f"base: {name}" + (f", {base['leaves']} leaves, {base['fingerprint'][:12]}" if "leaves" in base else "")
+        f"base: {_files.shown(name)}"
+        + (f", {base['leaves']} leaves, {base['fingerprint'][:12]}" if "leaves" in base else "")
     )
     for key, value in found.about.items():
         if key not in adapters.ABOUT:

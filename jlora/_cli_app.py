@@ -247,7 +247,7 @@ def _show_extracted(
         screen.note(f"{several(found.same, 'tensor')} did not change")
     for what, reasons in (("kept whole", found.whole), ("ignored", found.ignored)):
         for name, why in reasons.items():
-            screen.note(f"{what}: {name}: {why}")
+            screen.note(f"{what}: {_files.shown(name)}: {_files.shown(why, 500)}")
     document: dict[str, Any] = {
         "out": str(out),
         "format": made.format,

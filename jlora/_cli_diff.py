@@ -51,7 +51,7 @@ def diff(
     screen.table(("weight", "compared", *(c.replace("_", " ") for c in columns)), rows, right=tuple(range(2, 8)))
     for path, names in zip((one, two), alone, strict=True):
         for name in names:
-            screen.note(f"only in {path}: {name}")
+            screen.note(f"only in {path}: {_files.shown(name)}")
     values = [s["path"] for s in sites if s["compared"] == "values"]
     if values:
         screen.note(f"trained outright: {_paths.listing(values, 3)}; --base BASE compares the updates of what is")
@@ -121,7 +121,7 @@ def _values_compared(path: str, x: Any, y: Any) -> dict[str, Any]:
     if one is None or two is None:
         return out
     if one.shape != two.shape:
-        raise Refusal(f"The adapters are for different shapes of '{path}': {one.shape} and {two.shape}.")
+        raise Refusal(f"The adapters are for different shapes of '{_files.shown(path)}': {one.shape} and {two.shape}.")
     size, apart = float(np.linalg.norm(one)), float(np.linalg.norm(one - two))
     relative = apart / size if size > 0 else (float("inf") if apart > 0 else 0.0)
     return out | {"difference": relative}

@@ -229,7 +229,9 @@ class Plan:
             tail = ".".join(first.split(".")[cut:])
             ends = [n for n in self.weights if n == tail or n.endswith(f".{tail}")]
             if len(ends) == 1:
-                hints.append(f"If these are the same: --prefix {first.removesuffix(tail)}={ends[0].removesuffix(tail)}")
+                hints.append(
+                    f"If these are the same: --prefix {_files.shown(first.removesuffix(tail))}={_files.shown(ends[0].removesuffix(tail))}"
+                )
                 break
         if all(isinstance(lora[name], FullWeight) for name in lost):
             hints.append("If the adapter brings a head that the base does not have: --add-new")

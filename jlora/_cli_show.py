@@ -14,6 +14,7 @@ import typer
 
 from jlora._advice import Advised
 from jlora._table import table
+from jlora._text import printable, shown
 
 OK, DIFFERENT, REFUSED, FAILED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
@@ -57,6 +58,7 @@ class Screen:
         """A table, in colour if someone looks at it, and else in plain columns, two spaces apart, as wide as they have to be."""
         if self.as_json or not rows:
             return
+        rows = [[shown(cell, 1000) for cell in row] for row in rows]
         if not sys.stdout.isatty():
             typer.echo(table(header, rows, right))
             return
@@ -76,22 +78,22 @@ class Screen:
                     Text("  " + "   ".join(f"{n} {cell}" for n, cell in zip(header[1:], others, strict=True)))
                 )
             return
-        shown = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
         for i, name in enumerate(header):
-            shown.add_column(name, justify="right" if i in right else "left", no_wrap=True)
+            grid.add_column(name, justify="right" if i in right else "left", no_wrap=True)
         for row in rows:
-            shown.add_row(*(Text(cell, style="cyan" if i == 0 else "") for i, cell in enumerate(row)))
-        console.print(shown)
+            grid.add_row(*(Text(cell, style="cyan" if i == 0 else "") for i, cell in enumerate(row)))
+        console.print(grid)
 
     def note(self, text: str) -> None:
         """A line of prose."""
         if not self.as_json:
-            typer.echo(text)
+            typer.echo(printable(text))
 
     def document(self, content: dict[str, Any]) -> None:
         """The result for scripts; numbers that JSON does not have become ``null``."""
         if self.as_json:
-            typer.echo(json.dumps(_plain(content), indent=2, allow_nan=False))
+            typer.echo(json.dumps(_plain(content), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def _plain(x: Any) -> Any:
@@ -120,7 +122,7 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[s
     columns += [bars.TimeRemainingColumn(), bars.TextColumn("[dim]{task.fields[name]}")]
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total, name="")
-        yield lambda name: bar.update(task, advance=1, name=escape(name))
+        yield lambda name: bar.update(task, advance=1, name=escape(shown(name)))
 
 
 def guarded(run: Callable[..., int | None]) -> Callable[..., None]:
@@ -153,9 +155,9 @@ def guarded(run: Callable[..., int | None]) -> Callable[..., None]:
 
 def _report(message: str, debug: bool) -> None:
     if debug:
-        typer.echo(traceback.format_exc(), err=True)
+        typer.echo(printable(traceback.format_exc()), err=True)
     if message:
-        word, colon, rest = message.partition(":")
+        word, colon, rest = printable(message).partition(":")
         typer.echo(f"jlora: {typer.style(word, fg='red', bold=True)}{colon}{rest}", err=True)
 
 

@@ -142,7 +142,7 @@ class Layout:
     def needed(self, name: str, shape: tuple[int, ...]) -> Refusal:
         """The error where nothing tells."""
         return Refusal(
-            f"'{name}' {shape} may be (out, in), as nn.Linear has it, or (in, out), as GPT-2's Conv1D has it.\n"
+            f"'{_files.shown(name)}' {shape} may be (out, in), as nn.Linear has it, or (in, out), as GPT-2's Conv1D has it.\n"
             "  Say which weights are Conv1D, by a pattern of whole names: --conv1d '.*c_(attn|proj|fc).weight'.\n"
             "  If none are: --conv1d ''."
         )

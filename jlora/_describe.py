@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora import _paths
 from jlora._adapters import KINDS, Adapter, Fingerprint, FullWeight, LowRank, fingerprint
 from jlora._advice import Advised
 from jlora._sharding import followed
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 FORMAT, WITH_ONLY = 1, 2
@@ -42,7 +44,7 @@ def describe(lora: Mapping[str, Adapter], **meta: Any) -> dict[str, Any]:
         raise ValueError(f"These adapters were made for {len(bases)} different bases: save them apart.")
     try:
         meta = json.loads(json.dumps(meta, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"The metadata must be JSON (strings, finite numbers, lists, dicts): {error}.") from None
     for adapter in lora.values():
         _ = adapter.shape  # raises for a stack of adapters, which load could not read
@@ -70,15 +72,16 @@ def restore_target(description: Mapping[str, Any], params: Any = None) -> dict[s
     try:
         if description["format"] not in (FORMAT, WITH_ONLY):
             raise ValueError(
-                f"The adapter has format {description['format']}, this version of jlora reads {FORMAT} and {WITH_ONLY}.\n  Update jlora."
+                f"The adapter has format {shown(description['format'])}, this version of jlora reads {FORMAT} and "
+                f"{WITH_ONLY}.\n  Update jlora."
             )
         base = Fingerprint(description["base"], partial=description.get("partial") is True)
         lora = {path: _from_entry(entry, base) for path, entry in description["adapters"].items()}
         shapes = {path: shape for path, shape, _ in base.leaves}
         for path, adapter in lora.items():
             _check_entry(path, adapter, shapes)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {error}.") from None
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"The description of the adapter is damaged: {type(error).__name__} {shown(error)}.") from None
     if not lora:
         raise ValueError("The description of the adapter is damaged: it names no leaf.")
     if params is None:
@@ -126,12 +129,10 @@ def _entry(adapter: Adapter) -> dict[str, Any]:
 def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     if entry["kind"] not in KINDS:
         raise ValueError(
-            f"The adapter has a leaf of kind {entry['kind']!r}; this version of jlora knows {', '.join(KINDS)}."
+            f"The adapter has a leaf of kind '{shown(entry['kind'])}'; this version of jlora knows {', '.join(KINDS)}."
         )
     kind = KINDS[entry["kind"]]
-    arrays = {
-        name: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for name, x in entry["arrays"].items()
-    }
+    arrays = {name: _from_array(x) for name, x in entry["arrays"].items()}
     static: dict[str, Any] = {"base": base}
     # Adapters saved by 0.1 before these were kept do not have them: of whole leaves none, of factors but the first three.
     static |= {"use": str(entry.get("use", "")), "groups": int(entry.get("groups", 1))}
@@ -153,20 +154,29 @@ def _from_entry(entry: Mapping[str, Any], base: Fingerprint) -> Adapter:
     return kind(**arrays, **static)
 
 
+def _from_array(x: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    shape, dtype = x["shape"], x["dtype"]
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape) or len(shape) > 32:
+        raise TypeError(f"shape {shown(shape)}")
+    if not str(dtype).isidentifier() or not str(dtype).isascii() or np.dtype(dtype).name != dtype:
+        raise TypeError(f"dtype {shown(dtype)}")
+    return jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+
+
 def _check_entry(path: str, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises unless an adapter that was read fits the leaf it says it is for."""
     if path not in shapes:
-        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{path}'.")
+        raise ValueError(f"The description of the adapter is damaged: its base has no leaf '{shown(path)}'.")
     assert isinstance(adapter, LowRank | FullWeight)  # the kinds there are
     axes = sorted(d for group in (adapter.batch, adapter.inputs, adapter.outputs) for d in group)
     if axes != list(range(len(shapes[path]))) and (axes or isinstance(adapter, LowRank)):
-        raise ValueError(f"The description of the adapter is damaged: '{path}' has axes {axes}.")
+        raise ValueError(f"The description of the adapter is damaged: '{shown(path)}' has axes {axes}.")
     if not set(adapter.window) <= set(adapter.inputs):
         raise ValueError(
-            f"The description of the adapter is damaged: '{path}' has window {adapter.window}, inputs {adapter.inputs}."
+            f"The description of the adapter is damaged: '{shown(path)}' has window {adapter.window}, inputs {adapter.inputs}."
         )
-    floats = all(np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" for x in adapter.arrays().values())
+    floats = all(jnp.issubdtype(x.dtype, jnp.inexact) for x in adapter.arrays().values())
     ranks = {adapter.a.shape[-1], adapter.b.shape[len(adapter.batch)]} if isinstance(adapter, LowRank) else {1}
     if adapter.shape != shapes[path] or not floats or len(ranks) != 1:
         found = {name: f"{x.shape} {x.dtype}" for name, x in adapter.arrays().items()}
-        raise ValueError(f"The description of the adapter is damaged: '{path}' {shapes[path]} has {found}.")
+        raise ValueError(f"The description of the adapter is damaged: '{shown(path)}' {shapes[path]} has {found}.")

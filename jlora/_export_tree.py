@@ -13,6 +13,7 @@ from jlora import _files, _folders, _hosts, _paths
 from jlora._adapters import Adapter, check_mergeable
 from jlora._fold import Fold, Rounding
 from jlora._overflow import Overflow
+from jlora._text import check_text, shown
 from jlora._wrap import check_base, check_lora
 
 MARKS = ("_METADATA", "_CHECKPOINT_METADATA")
@@ -115,13 +116,16 @@ def write_merged(
 
 def _check(name: str, leaf: Any) -> np.dtype:
     """The dtype of a leaf that can be written."""
+    check_text(name)
     if _hosts.spans(leaf):
         raise ValueError(
-            f"'{name}' is spread over processes.\n"
+            f"'{shown(name)}' is spread over processes.\n"
             "  All of them together: orbax.checkpoint.StandardCheckpointer().save(folder, jlora.merge(params, lora))."
         )
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or not isinstance(leaf.dtype, np.dtype):
-        raise ValueError(f"'{name}' is no array of numbers.\n  got: {type(leaf).__name__}")
+        raise ValueError(f"'{shown(name)}' is no array of numbers.\n  got: {type(leaf).__name__}")
     if 0 in np.shape(leaf):
-        raise ValueError(f"'{name}' {np.shape(leaf)} is empty, which orbax does not save.\n  Take it out of the tree.")
+        raise ValueError(
+            f"'{shown(name)}' {np.shape(leaf)} is empty, which orbax does not save.\n  Take it out of the tree."
+        )
     return np.dtype(leaf.dtype)

@@ -13,6 +13,7 @@ from jlora._init import of_site, whole_of_site
 from jlora._rules import Full, Rule
 from jlora._sharding import shardings
 from jlora._sites import Site, Sites
+from jlora._text import shown
 
 
 def pairs(params: Any, tuned: Any, sites: Sites) -> dict[str, tuple[Any, Any]]:
@@ -30,15 +31,15 @@ def pairs(params: Any, tuned: Any, sites: Sites) -> dict[str, tuple[Any, Any]]:
         path, where = alone[0], "tuned" if alone[0] in old else "params"
         near = _paths.nearest(path, others if where == "tuned" else paths)
         raise ValueError(
-            f"The checkpoints have different leaves: there is no '{path}' in {where}.\n  nearest: {', '.join(near)}"
+            f"The checkpoints have different leaves: there is no '{shown(path)}' in {where}.\n  nearest: {', '.join(near)}"
         )
     for path, w in old.items():
         if np.shape(w) != np.shape(new[path]):
             raise ValueError(
-                f"The checkpoints have different shapes: '{path}' is {np.shape(w)} in params, {np.shape(new[path])} in tuned."
+                f"The checkpoints have different shapes: '{shown(path)}' is {np.shape(w)} in params, {np.shape(new[path])} in tuned."
             )
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in (w, new[path])):
-            raise ValueError(f"extract needs the values of both checkpoints.\n  got: only the shape of '{path}'")
+            raise ValueError(f"extract needs the values of both checkpoints.\n  got: only the shape of '{shown(path)}'")
     return {path: (w, new[path]) for path, w in old.items()}
 
 
@@ -71,7 +72,7 @@ def extract(w: Any, v: Any, rule: Rule, site: Site, base: Fingerprint) -> tuple[
         return whole_of_site(jnp.array(v, dtype=dtype, copy=True), site, base), 1.0
     if rule.only and site.kinds != (rule.only,):
         raise ValueError(
-            f"Two checkpoints differ in all uses of '{site.path}' ({site.kind}), and the rule is for {rule.only} only.\n"
+            f"Two checkpoints differ in all uses of '{shown(site.path)}' ({site.kind}), and the rule is for {rule.only} only.\n"
             f"  Leave out only={rule.only!r}."
         )
     old, new = _both(w, v)
@@ -79,7 +80,7 @@ def extract(w: Any, v: Any, rule: Rule, site: Site, base: Fingerprint) -> tuple[
         moved = _svd.whole(jnp.asarray(new - old))
     if not bool(jnp.isfinite(moved).all()):
         raise ValueError(
-            f"The difference of '{site.path}' is not finite: a checkpoint holds NaN, infinity or numbers too large."
+            f"The difference of '{shown(site.path)}' is not finite: a checkpoint holds NaN, infinity or numbers too large."
         )
     batch, inputs, outputs = (tuple(site.shape[d] for d in ds) for ds in (site.batch, site.inputs, site.outputs))
     m = prod(inputs)

@@ -20,8 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora._text import check_text
+from jlora._text import shown as shown
+
 MAX_HEADER = 32 * 2**20
 MAX_JSON = 16 * 2**20
+MAX_DEPTH = 64
 MAX_TENSORS = 100_000
 MAX_VALUES = 12 * MAX_TENSORS  # in JSON: what a header needs of 100,000 tensors with four axes
 FLOATS: Mapping[str, np.dtype] = {
@@ -100,6 +104,8 @@ def read_json(file: Path, limit: int = MAX_JSON, *, digest: str = "") -> dict[st
         raise ValueError(f"{file} is not JSON: {error}.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds {type(found).__name__}, not an object.")
+    if not is_shallow(found):
+        raise ValueError(f"{file} is nested more than {MAX_DEPTH} levels deep.")
     return found
 
 
@@ -110,6 +116,17 @@ def check_digest(file: Path, found: str, wanted: str) -> None:
             f"{file} is not what was saved: its sha256 is {found[:12]}…, and {wanted[:12]}… in checksums.json beside it.\n"
             "  It was damaged: copy it again. If it was changed on purpose, remove checksums.json, and nothing is compared."
         )
+
+
+def is_shallow(x: Any) -> bool:
+    """Whether what was JSON has at most ``MAX_DEPTH`` levels: what is deeper, Python's own functions cannot go through."""
+    level = [x]
+    for _ in range(MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [v for values in inner for v in values]
+        if not level:
+            return True
+    return False
 
 
 class Safetensors:
@@ -218,6 +235,7 @@ def _header(file: Path, f: BinaryIO, size: int, dtypes: Collection[str]) -> tupl
     if not 0 < len(entries) <= MAX_TENSORS:
         raise ValueError(f"{file} holds {len(entries):,} tensors; 1 to {MAX_TENSORS:,} are read.")
     for name, entry in entries.items():
+        check_text(name)
         _check_entry(file, name, dtypes, *entry)
     end, begin = 0, 8 + length
     for name, (dtype, shape, (start, stop)) in sorted(entries.items(), key=lambda item: item[1][2]):
@@ -259,22 +277,18 @@ def _check_entry(
         raise ValueError(f"The header of {file} is damaged: '{shown(name)}' has shape and offsets {shown(numbers)}.")
 
 
-def shown(x: Any, limit: int = 120) -> str:
-    """What a file says, short enough and harmless to print."""
-    text = str(x)[: limit + 1].encode("unicode_escape").decode()
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
 def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     """``x``, if all of it is finite."""
     wide = x.astype(np.float32) if x.dtype.itemsize < 4 else x
     if not bool(np.isfinite(wide).all()):
-        raise ValueError(f"'{name}' is not finite.")
+        raise ValueError(f"'{shown(name)}' is not finite.")
     return x
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors; the same ones give the same bytes."""
+    for name in tensors:
+        check_text(name)
     ready = {name: np.asarray(x, order="C") for name, x in sorted(tensors.items())}  # scalars stay scalars
     if metadata is None:
         library = safetensors()
@@ -306,6 +320,7 @@ def write_header(f: BinaryIO, entries: Iterable[Entry], metadata: Mapping[str, s
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for e in entries:
+        check_text(e.name)
         header[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [start, start + e.size]}
         start += e.size
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -82,7 +82,9 @@ def agree(what: str, parts: Iterable[Any]) -> None:
         return
     digest = sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes())
+        digest.update(
+            part.encode("utf-8", "surrogatepass") if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
+        )
     said = _gather(digest.hexdigest())
     others = [process for process, d in enumerate(said) if d != said[0]]
     if others:

@@ -16,6 +16,7 @@ from jlora._adapters import Adapter, FullWeight, LowRank, fingerprint
 from jlora._rules import Full, LoRA, Rule, assign
 from jlora._sharding import shardings
 from jlora._sites import Site, Sites
+from jlora._text import shown
 
 
 def init(key: jax.Array, params: Any, sites: Sites, rules: Rule | Iterable[Rule]) -> dict[str, Adapter]:
@@ -103,7 +104,7 @@ def as_key(key: Any, otherwise: str) -> jax.Array:
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
     """``key`` folded with ``path``, by 64 bits of its hash."""
-    digest = sha256(path.encode()).digest()
+    digest = sha256(path.encode("utf-8", "surrogatepass")).digest()
     for i in (0, 4):
         key = jax.random.fold_in(key, int.from_bytes(digest[i : i + 4], "little"))
     return key
@@ -113,7 +114,9 @@ def _make(key: jax.Array, leaf: Any, rule: Rule, site: Site, sites: Sites) -> Ad
     dtype = rule.dtype or _jax.promote(site.dtype, jnp.float32)
     if isinstance(rule, Full):
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(f"Full needs the values of '{site.path}' to start from.\n  got: only its shape and dtype")
+            raise ValueError(
+                f"Full needs the values of '{shown(site.path)}' to start from.\n  got: only its shape and dtype"
+            )
         return whole_of_site(jnp.array(leaf, dtype=dtype, copy=True), site, sites.base)
     sizes = [tuple(site.shape[d] for d in group) for group in (site.batch, site.inputs, site.outputs)]
     batch, inputs, outputs = sizes

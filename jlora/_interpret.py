@@ -21,6 +21,7 @@ from jlora._factored import Factored
 from jlora._mix import by_constant, by_weight
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty, is_mixed
 from jlora._products import Matrix, conv_general_dilated, dot_general, ragged_dot_general
+from jlora._text import shown
 from jlora._views import join, view
 
 Eqn = Any
@@ -157,7 +158,8 @@ class Interpreter:
         if isinstance(value, Factored) and value.branch.only:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             raise DenseWeightError(
-                f"The adapter of '{self.name(value.branch.path)}' is for one kind of use, {value.branch.only}, and what kind this is "
+                f"The adapter of '{shown(self.name(value.branch.path))}' is for one kind of use, {value.branch.only}, and "
+                f"what kind this is "
                 f"cannot be told.\n  operation: {operation}{place}\n  reason: {reason or 'the weight is needed as it is'}\n"
                 "  Move the operation out of the wrapped function, or adapt all uses: LoRA(only=None)."
             )
@@ -238,7 +240,7 @@ class Interpreter:
             place = f" at {_jax.where(self.within)}" if self.within else ""
             why = f"  reason: {reason}\n" if reason else ""
             raise DenseWeightError(
-                f"The adapted weight '{self.name(value.branch.path)}' would have to be made dense, as {value.shape}.\n"
+                f"The adapted weight '{shown(self.name(value.branch.path))}' would have to be made dense, as {value.shape}.\n"
                 f"  operation: {operation}{place}\n"
                 f"{why}"
                 "  Move the operation out of the wrapped function (a penalty on weights, say), leave the weight out of the\n"

@@ -15,6 +15,7 @@ from jlora._adapters import FullWeight, LowRank
 from jlora._advice import Advised
 from jlora._names import Place, Weight
 from jlora._sites import Site
+from jlora._text import shown
 
 Layer = Literal["linear", "embedding", "conv", "parameter"]
 
@@ -88,25 +89,28 @@ def layer_of(axes: Axes, place: Place) -> Layer:
     """As what PEFT wraps the weight at ``place``."""
     if len(axes.batch) > 1:
         raise ValueError(
-            f"'{place.path}' has {len(axes.batch)} batch axes left beside '{place.weight.name}'; one can be experts.\n"
+            f"'{shown(place.path)}' has {len(axes.batch)} batch axes left beside '{shown(place.weight.name)}'; one can be experts.\n"
             "  Give the name an index {} for each of the others."
         )
     weight = place.weight
     if weight.nesting is not None and (axes.window or "lookup" in axes.use):
         raise ValueError(
-            f"Weight('{weight.name}', nesting={weight.nesting}) says that PEFT adapts this parameter itself, which it does for "
-            f"matrices and experts; '{place.path}' is used as {axes.use}.\n  Leave nesting out."
+            f"Weight('{shown(weight.name)}', nesting={weight.nesting}) says that PEFT adapts this parameter itself, which it does for "
+            f"matrices and experts; '{shown(place.path)}' is used as {axes.use}.\n  Leave nesting out."
         )
     if axes.batch or weight.nesting is not None or not weight.name.endswith(".weight"):
         of_module = not axes.batch and not weight.name.endswith("weight")
         if of_module and place.path.split("/")[-1] in ("kernel", "embedding"):
             raise ValueError(
-                f"The name '{place.weight.name}' of '{place.path}' does not end in '.weight': it is that of a module, not of its parameter."
+                f"The name '{shown(place.weight.name)}' of '{shown(place.path)}' does not end in '.weight': it is that of a "
+                f"module, not of its parameter."
             )
         return "parameter"
     if axes.window:
         if place.weight.transposed:
-            raise ValueError(f"PEFT has no factors for '{place.path}', a transposed convolution.\n  Merge it instead.")
+            raise ValueError(
+                f"PEFT has no factors for '{shown(place.path)}', a transposed convolution.\n  Merge it instead."
+            )
         return "conv"
     return "embedding" if "lookup" in axes.use and (place.first or "linear" not in axes.use) else "linear"
 
@@ -216,12 +220,12 @@ def _order(axes: Axes, weight: Weight) -> tuple[list[int], tuple[int, ...]]:
     front = (n,) if axes.batch else ()
     if weight.transposed and not axes.window:
         raise ValueError(
-            f"Weight('{weight.name}', transposed=...) is for a convolution, which the model here does not use it as."
+            f"Weight('{shown(weight.name)}', transposed=...) is for a convolution, which the model here does not use it as."
         )
     if not axes.inputs:
         if not axes.use and len(axes.shape) > 1 and not weight.name.endswith((".bias", ".in_proj_bias")):
             raise Advised(
-                f"How the axes of '{weight.name}' lie here, where it is {axes.shape}, is not known.",
+                f"How the axes of '{shown(weight.name)}' lie here, where it is {axes.shape}, is not known.",
                 "Pass what tells: sites=jlora.sites(fn, params, x).",
                 "sites",
             )
@@ -242,13 +246,14 @@ def _is_transposed(axes: Axes, weight: Weight) -> bool:
     """Whether a kernel is that of a transposed convolution in PyTorch: what was said, since with stride 1 nothing else tells."""
     if axes.groups < 0 or (weight.transposed and axes.groups > 1):
         raise ValueError(
-            f"'{weight.name}' is a transposed convolution in groups, whose kernel is made up otherwise in PyTorch.\n"
+            f"'{shown(weight.name)}' is a transposed convolution in groups, whose kernel is made up otherwise in PyTorch.\n"
             "  Leave it out: names={path: ()}."
         )
     if axes.groups == 0 and not weight.transposed:
         raise ValueError(
-            f"'{weight.name}' is a transposed convolution, whose kernel lies differently in PyTorch.\n"
-            f"  Say how: names={{path: Weight('{weight.name}', transposed='reversed')}} as in Flax, 'as_is' with transpose_kernel=True."
+            f"'{shown(weight.name)}' is a transposed convolution, whose kernel lies differently in PyTorch.\n"
+            f"  Say how: names={{path: Weight('{shown(weight.name)}', transposed='reversed')}} as in Flax, 'as_is' with "
+            f"transpose_kernel=True."
         )
     return weight.transposed is not None
 

@@ -11,6 +11,7 @@ from jlora import _jax, _overflow, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, check_mergeable
 from jlora._dtypes import as_float
 from jlora._overflow import Overflow
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 Ends = tuple[jax.Array, ...]
@@ -97,7 +98,7 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
         outright = [path for path, adapter in lora.items() if isinstance(adapter, FullWeight)]
         if outright:
             raise ValueError(
-                f"'{outright[0]}' is trained outright: its update is its value less the base's.\n"
+                f"'{shown(outright[0])}' is trained outright: its update is its value less the base's.\n"
                 "  Pass the base: delta(lora, params)."
             )
         return {path: adapter.delta(None) for path, adapter in lora.items()}

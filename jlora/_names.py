@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from jlora import _paths
 from jlora._advice import Advised
+from jlora._text import shown
 
 _STACKS = re.compile(r"layers?|blocks?|h")
 _NUMBERED = re.compile(r"(?<![^/])(layers?|blocks?|h|experts?)_(\d+)(?![^/])")
@@ -124,7 +125,7 @@ def check_named(adapted: Iterable[str], found: Mapping[str, list[Place]]) -> Non
     for path in adapted:
         if path in found and not found[path]:
             raise Advised(
-                f"'{path}' is adapted, but names gives it no name: its adapter would be lost.",
+                f"'{shown(path)}' is adapted, but names gives it no name: its adapter would be lost.",
                 "Give it one with names=..., or take it out of the adapter.",
                 "names",
             )
@@ -150,7 +151,9 @@ class ByName:
             other = (
                 f"'{first.path}' and '{others[0].path}'" if first.path != others[0].path else f"'{first.path}' twice"
             )
-            raise Advised(f"'{name}' is the name of {other}.", "Give each its own with names=...", "names")
+            raise Advised(
+                f"'{shown(name)}' is the name of {shown(other)}.", "Give each its own with names=...", "names"
+            )
         return first
 
 
@@ -208,7 +211,7 @@ def _named(leaf: Leaf, names: Names, table: Mapping[str, Named] | None, unused: 
     several = () if named is None else [named] if isinstance(named, str | Weight) else named
     if not isinstance(several, Sequence):
         raise TypeError(
-            f"The name of '{leaf.path}' must be a string, a Weight, or several; or None, if it has none.\n  got: {named!r}"
+            f"The name of '{shown(leaf.path)}' must be a string, a Weight, or several; or None, if it has none.\n  got: {named!r}"
         )
     return [Weight(w) if isinstance(w, str) else w for w in several]
 
@@ -232,7 +235,7 @@ def _expand(leaf: Leaf, weight: Weight, first: bool) -> Iterable[Place]:
     sizes = leaf.batch if leaf.batch is not None else leaf.shape[:holes]
     if holes > len(sizes):
         raise ValueError(
-            f"The name '{weight.name}' has {holes} indices, but '{leaf.path}' {leaf.shape} has {len(sizes)} batch axes."
+            f"The name '{shown(weight.name)}' has {holes} indices, but '{shown(leaf.path)}' {leaf.shape} has {len(sizes)} batch axes."
         )
     for index in itertools.product(*map(range, sizes[:holes])):
         name = weight.name

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jlora._text import shown
+
 
 def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     """Returns the paths of ``tree``'s leaves, the leaves, and the tree's structure.
@@ -20,13 +22,16 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in keyed]
     if len(set(paths)) != len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(f"Two leaves of the tree have the same path '{twice}'.\n  Rename one of the keys.")
+        raise ValueError(f"Two leaves of the tree have the same path '{shown(twice)}'.\n  Rename one of the keys.")
     return paths, [leaf for _, leaf in keyed], treedef
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` candidates most like ``path``, best first; never empty unless ``candidates`` is."""
-    candidates = list(candidates)
+    """The ``count`` candidates most like ``path``, best first, as they are shown; never empty unless ``candidates`` is."""
+    return [shown(found) for found in _nearest(path, list(candidates), count)]
+
+
+def _nearest(path: str, candidates: list[str], count: int) -> list[str]:
     close = difflib.get_close_matches(path, candidates, n=count, cutoff=0.5)
     if close:
         return close
@@ -42,5 +47,5 @@ def _overlap(words: Sequence[str], parts: Sequence[str]) -> float:
 def listing(paths: Sequence[str], limit: int = 8) -> str:
     """``"a, b, c and 5 more"``: a list short enough for an error message."""
     paths = list(paths)
-    shown = ", ".join(paths[:limit])
-    return shown if len(paths) <= limit else f"{shown} and {len(paths) - limit} more"
+    some = ", ".join(map(shown, paths[:limit]))
+    return some if len(paths) <= limit else f"{some} and {len(paths) - limit} more"

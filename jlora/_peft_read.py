@@ -32,6 +32,7 @@ from jlora._peft_keys import (
     wrappers_of,
 )
 from jlora._sites import Site, Sites
+from jlora._text import shown
 
 SHARED = "shared"  # of the encoder-decoders of transformers (T5, BART), which look up through modules of their own
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
@@ -158,26 +159,27 @@ class Reader:
         site = self.leaves[place.path]
         if site.reason and not site.uses and site.kind != "unused":  # no function was asked how it is used
             raise Advised(
-                f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.",
+                f"'{shown(place.path)}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.",
                 "Pass what tells: load(folder, jlora.sites(fn, params, x)).",
                 "sites",
             )
         if site.reason and place.path not in self.sites:
-            raise ValueError(f"'{place.path}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.")
+            raise ValueError(f"'{shown(place.path)}', for '{_files.shown(module)}', cannot be adapted: {site.reason}.")
         layer, axes = self.layer(place), self.axes(place)
         layer = "parameter" if listed and layer == "linear" else layer
         if ("lora_embedding" in roles["a"]) != (layer == "embedding"):
             raise ValueError(
-                f"'{_files.shown(roles['a'])}' is not what PEFT has for '{place.path}', which is used as {axes.use}."
+                f"'{_files.shown(roles['a'])}' is not what PEFT has for '{shown(place.path)}', which is used as {axes.use}."
             )
         if axes.groups != 1:
             raise ValueError(
-                f"'{place.path}' is a convolution in groups, or transposed, where PEFT's factors are another shape.\n"
+                f"'{shown(place.path)}' is a convolution in groups, or transposed, where PEFT's factors are another shape.\n"
                 "  Merge the adapter into its base with PEFT, and extract one."
             )
         if axes.dilated:
             raise ValueError(
-                f"'{place.path}' is a dilated convolution, and PEFT computes lora_A without the dilation (up to {_peft_config.VERSION}): "
+                f"'{shown(place.path)}' is a dilated convolution, and PEFT computes lora_A without the dilation (up to "
+                f"{_peft_config.VERSION}): "
                 "what it trained is no update of this weight.\n"
                 f"  Train it here, or without '{_files.shown(module)}'; merging it with PEFT gives another function than it trained."
             )
@@ -191,7 +193,7 @@ class Reader:
         flat = all(_without_ones(x) == _without_ones(w) for x, w in zip((a, b), wanted, strict=True))
         if not rank or not flat or rank > max(MAX_RANK, *axes.sizes):
             raise ValueError(
-                f"The factors of '{_files.shown(module)}' do not fit '{place.path}' {axes.shape}.\n"
+                f"The factors of '{_files.shown(module)}' do not fit '{shown(place.path)}' {axes.shape}.\n"
                 f"  got: {a} and {b}; needed for rank r: {_spelled(_layouts.factor_shapes(turned, layer, 1), axes, layer)}"
             )
         whole = not listed and name.rpartition(".")[2] in ("weight", IN_PROJ)
@@ -211,14 +213,14 @@ class Reader:
         """How many times PEFT adds the update of an output projection of ``nn.MultiheadAttention``."""
         if attention not in self.wrappers or self.is_listed(f"{attention}.{IN_PROJ}"):
             raise ValueError(
-                f"The adapter of '{module}' has no effect in PEFT, as nn.MultiheadAttention never calls it.\n"
-                f"  The target was to be '{attention}'. "
-                f"If '{attention}' is another module, say so in names: Weight('{attention}.{IN_PROJ}', nesting=0)."
+                f"The adapter of '{shown(module)}' has no effect in PEFT, as nn.MultiheadAttention never calls it.\n"
+                f"  The target was to be '{shown(attention)}'. "
+                f"If '{shown(attention)}' is another module, say so in names: Weight('{shown(attention)}.{IN_PROJ}', nesting=0)."
             )
         if self.config.version > _peft_config.ADDS_TWICE:
             version = ".".join(map(str, self.config.version))
             raise ValueError(
-                f"PEFT up to {_peft_config.VERSION} adds the update of '{module}' of nn.MultiheadAttention twice; this file is "
+                f"PEFT up to {_peft_config.VERSION} adds the update of '{shown(module)}' of nn.MultiheadAttention twice; this file is "
                 f"of {version}, which may not.\n  Merge it into its base with PEFT, and extract an adapter."
             )
         return 2
@@ -247,13 +249,14 @@ class Reader:
             return across
         if axes.batch and self.alone:
             raise ValueError(
-                f"The slices of '{place.path}' {axes.shape} are square: which way the factors lie depends on the module (is_transposed), "
+                f"The slices of '{shown(place.path)}' {axes.shape} are square: which way the factors lie depends on the "
+                f"module (is_transposed), "
                 "and on PEFT's version, and is not in the file.\n"
                 "  Merge it with PEFT, or load it with its base: jlora.peft.load(folder, sites, names=...), and jlora.export.save."
             )
         if axes.batch and (place.weight.layout is None or not self.config.version):
             raise Advised(
-                f"'{place.path}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.",
+                f"'{shown(place.path)}' is square: whether it is (experts, out, in) or (experts, in, out) in PyTorch is not in the file.",
                 "Say so in names: Weight(name, layout='out_in').",
                 "names",
                 {place.path: {"name": "...", "layout": "out_in"}},

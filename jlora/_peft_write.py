@@ -20,6 +20,7 @@ from jlora._peft_declared import IN_PROJ, OUT_PROJ
 from jlora._peft_keys import BIASES, PREFIX, SOME, TENSORS, containing, ends, path_of
 from jlora._peft_read import is_uncalled
 from jlora._sites import Site, Sites
+from jlora._text import shown
 from jlora._wrap import check_lora
 
 
@@ -84,7 +85,9 @@ def save(
         if isinstance(adapter, FullWeight):
             writer.whole(leaf, adapter)
         elif not isinstance(adapter, LowRank):
-            raise TypeError(f"PEFT's format has no place for the adapter of '{leaf}'.\n  got: {type(adapter).__name__}")
+            raise TypeError(
+                f"PEFT's format has no place for the adapter of '{shown(leaf)}'.\n  got: {type(adapter).__name__}"
+            )
     ranks = writer.finish(portable)
     rate = _peft_config.dropout_of(writer.rates, sorted(writer.parameters), dropout)
     others = [] if base_folder is None else _peft_base.check(_files.folder(base_folder), writer.wanted)
@@ -137,7 +140,7 @@ class Writer:
     def _agree(self, name: str, other: Any) -> None:
         difference = self.base.difference(other)
         if difference:
-            raise ValueError(f"The adapter was made for another base than {name}: {difference}.")
+            raise ValueError(f"The adapter was made for another base than {shown(name)}: {difference}.")
 
     def _batch(self, path: str) -> tuple[int, ...] | None:
         leaf: Any = self.lora.get(path)
@@ -158,7 +161,7 @@ class Writer:
         found = self._axes_in_sites(path)
         if found is None and isinstance(adapter, LowRank):
             raise Advised(
-                f"How the model uses '{path}' is not part of this adapter.",
+                f"How the model uses '{shown(path)}' is not part of this adapter.",
                 "Pass it: save(folder, lora, sites=jlora.sites(fn, params, x)).",
                 "sites",
             )
@@ -169,11 +172,12 @@ class Writer:
         axes = self.axes(path)
         if axes.groups != 1:
             raise ValueError(
-                f"PEFT has no factors for '{path}', a convolution in groups, or transposed.\n  Merge it instead."
+                f"PEFT has no factors for '{shown(path)}', a convolution in groups, or transposed.\n  Merge it instead."
             )
         if axes.dilated:
             raise ValueError(
-                f"No factors of '{path}', a dilated convolution, mean the same to PEFT, which computes lora_A without the dilation (up to "
+                f"No factors of '{shown(path)}', a dilated convolution, mean the same to PEFT, which computes lora_A without "
+                f"the dilation (up to "
                 f"{_peft_config.VERSION}).\n  Merge it instead."
             )
         for place in self.uses(path, adapter):
@@ -202,8 +206,8 @@ class Writer:
         tied = "lookup" in use and use != "lookup"
         if tied and only != "lookup" and several and all(place.first for place in several):
             raise Advised(
-                f"'{path}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
-                f"Name both: names={{'{path}': ('{several[0].weight.name}', 'lm_head.weight')}}.",
+                f"'{shown(path)}' is looked up and multiplied with: in PyTorch it is an embedding and a head tied to it.",
+                f"Name both: names={{'{shown(path)}': ('{shown(several[0].weight.name)}', 'lm_head.weight')}}.",
                 "names",
                 {path: [several[0].weight.name, "lm_head.weight"]},
             )
@@ -213,21 +217,22 @@ class Writer:
     def _check_called(place: Place) -> None:
         if is_uncalled(place.weight):
             raise ValueError(
-                f"PEFT's adapter of '{place.weight.module}' has no effect: where transformers names a table that (T5, BART), encoder and "
+                f"PEFT's adapter of '{shown(place.weight.module)}' has no effect: where transformers names a table that (T5, "
+                f"BART), encoder and "
                 "decoder\n  look up through modules of their own. Leave it out, or merge it. "
-                f"If '{place.weight.module}' is another module, say so: Weight('{place.weight.name}', layout='in_out')."
+                f"If '{shown(place.weight.module)}' is another module, say so: Weight('{shown(place.weight.name)}', layout='in_out')."
             )
 
     def pair(self, place: Place, layer: Layer, rank: int, x: np.ndarray, y: np.ndarray) -> None:
         """Adds one pair of tensors."""
         if self.by_name[place.weight.name] != place:
             raise Advised(
-                f"'{place.weight.name}' is the name of two weights.", "Give each its own with names=...", "names"
+                f"'{shown(place.weight.name)}' is the name of two weights.", "Give each its own with names=...", "names"
             )
         module = place.weight.module
         if not module:
             raise ValueError(
-                f"'{place.path}' is a parameter of the model itself, which PEFT does not adapt.\n  Leave it out."
+                f"'{shown(place.path)}' is a parameter of the model itself, which PEFT does not adapt.\n  Leave it out."
             )
         key = place.weight.name if layer == "parameter" else module
         (self.parameters if layer == "parameter" else self.modules).add(key)
@@ -267,7 +272,7 @@ class Writer:
         order = [w.nesting for w in rivals]
         if len(rivals) > 1 and (None in order or len(set(order)) != len(order)):
             raise Advised(
-                f"Several parameters of '{place.weight.module}' are adapted, and PEFT's keys do not name them: "
+                f"Several parameters of '{shown(place.weight.module)}' are adapted, and PEFT's keys do not name them: "
                 f"{_paths.listing([w.name for w in rivals])}.",
                 "Say which the module registers first: Weight(name, nesting=0), Weight(name, nesting=1).",
                 "names",
@@ -321,7 +326,7 @@ class Writer:
         """PEFT saves a module with all of its parameters: those that were not trained are the base's."""
         if place.path not in self.params:
             raise Advised(
-                f"PEFT saves the module '{place.weight.module}' whole, and '{place.path}' was not trained.",
+                f"PEFT saves the module '{shown(place.weight.module)}' whole, and '{shown(place.path)}' was not trained.",
                 "Pass the base: save(folder, lora, params=params), or train it too with a Full rule.",
                 "params",
             )
@@ -338,30 +343,32 @@ class Writer:
         for module, held in self.held.items():
             if module in self.modules:
                 raise ValueError(
-                    f"PEFT adapts either '{module}' or its parameters, and '{held[0].name}' is one.\n"
-                    f"  Say that '{module}.weight' is one too: Weight('{module}.weight', nesting=0), Weight('{held[0].name}', nesting=1)."
+                    f"PEFT adapts either '{shown(module)}' or its parameters, and '{shown(held[0].name)}' is one.\n"
+                    f"  Say that '{shown(module)}.weight' is one too: Weight('{shown(module)}.weight', nesting=0), "
+                    f"Weight('{shown(held[0].name)}', nesting=1)."
                 )
             outer = next((m for m in containing(module) if m in self.held), None)
             if outer is not None:
                 both = f"'{self.held[outer][0].name}' and '{held[0].name}'"
                 raise ValueError(
-                    f"PEFT cannot adapt parameters of '{outer}' and of '{module}' inside it: {both}.\n"
+                    f"PEFT cannot adapt parameters of '{shown(outer)}' and of '{shown(module)}' inside it: {both}.\n"
                     "  Leave one of them out."
                 )
         for name in sorted(self.parameters):
             taken = [n for n in self.by_name if n.endswith(f".{name}") and n not in self.parameters]
             if taken:
                 raise ValueError(
-                    f"PEFT would take target_parameters='{name}' for '{taken[0]}' too.\n  Adapt that as well, or neither."
+                    f"PEFT would take target_parameters='{shown(name)}' for '{shown(taken[0])}' too.\n  Adapt that as well, or neither."
                 )
         for module in sorted(self.modules):
             outer, _, last = module.rpartition(".")
             whole = f"{outer}.{IN_PROJ}"
             if last == OUT_PROJ and whole in self.by_name and self.by_name[whole].weight.nesting is None:
                 raise ValueError(
-                    f"No adapter of '{module}' means the same to every PEFT: nn.MultiheadAttention never calls it, and where '{outer}' is "
+                    f"No adapter of '{shown(module)}' means the same to every PEFT: nn.MultiheadAttention never calls it, "
+                    f"and where '{shown(outer)}' is "
                     f"the target, PEFT adds its update twice (up to {_peft_config.VERSION}).\n"
-                    f"  Leave it out, or merge it. If '{outer}' is another module, say so: Weight('{whole}', nesting=0)."
+                    f"  Leave it out, or merge it. If '{shown(outer)}' is another module, say so: Weight('{whole}', nesting=0)."
                 )
 
     def _check_saved(self) -> None:
@@ -371,14 +378,15 @@ class Writer:
             outer = module.rpartition(".")[0]
             if outer in self.wrappers:
                 raise ValueError(
-                    f"PEFT refuses modules_to_save='{module}' where parameters of '{outer}', which it is in, are adapted.\n"
-                    f"  Leave out '{module}' or {_paths.listing([w.name for w in self.held.get(outer, ())] or [outer])}."
+                    f"PEFT refuses modules_to_save='{shown(module)}' where parameters of '{shown(outer)}', which it is in, are adapted.\n"
+                    f"  Leave out '{shown(module)}' or {_paths.listing([w.name for w in self.held.get(outer, ())] or [outer])}."
                 )
             alike = [m for m in sorted(adapted) if m.endswith(path) or m.startswith(f"{path}.")]
             alike += [n for n in self.by_name if n.startswith(f"{module}.") and n.count(".") > module.count(".") + 1]
             if alike:
                 raise ValueError(
-                    f"PEFT would take modules_to_save='{path}' for '{alike[0]}' too.\n  Train that with a Full rule as well, or neither."
+                    f"PEFT would take modules_to_save='{shown(path)}' for '{shown(alike[0])}' too.\n  Train that with a Full "
+                    f"rule as well, or neither."
                 )
 
     def targets(self, others: Iterable[str] = ()) -> list[str] | str:
@@ -434,6 +442,6 @@ def _padded(x: np.ndarray, y: np.ndarray, layer: Layer, rank: int, most: int) ->
 def _local(x: Any, path: str) -> np.ndarray:
     if _hosts.spans(x):
         raise ValueError(
-            f"'{path}' is spread over processes.\n  Save it with jlora.save, and convert what was saved in one process."
+            f"'{shown(path)}' is spread over processes.\n  Save it with jlora.save, and convert what was saved in one process."
         )
     return np.asarray(x)

@@ -14,6 +14,7 @@ from jlora._adapters import LowRank
 from jlora._advice import Advised
 from jlora._algebra_checks import check_rank
 from jlora._init import fold_path
+from jlora._text import shown
 
 
 def resize(path: str, x: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
@@ -21,7 +22,7 @@ def resize(path: str, x: LowRank, rank: int) -> tuple[LowRank, jax.Array]:
     one = jnp.float32(1.0)
     if rank > _svd.smaller_side(x):
         raise Advised(
-            f"Rank {rank} is above {_svd.smaller_side(x)}, the smaller side of '{path}' {x.shape}.",
+            f"Rank {rank} is above {_svd.smaller_side(x)}, the smaller side of '{shown(path)}' {x.shape}.",
             "Lower it; resize takes a rank for each leaf: resize(lora, {pattern: rank}).",
             "rank",
         )
@@ -55,7 +56,7 @@ def rank_of(path: str, x: LowRank, energy: float) -> int:
             "resize(energy=...) chooses ranks by values, which are not known under jit.\n  Call it outside, or pass rank=."
         )
     if not bool(jnp.isfinite(values).all()):
-        raise ValueError(f"The adapter of '{path}' is not finite: no rank keeps a share of it.")
+        raise ValueError(f"The adapter of '{shown(path)}' is not finite: no rank keeps a share of it.")
     squares = np.asarray(jnp.where(_svd.live(values), values, jnp.zeros_like(values)), np.float64) ** 2
     sums = np.cumsum(squares.reshape(-1, squares.shape[-1]).sum(axis=0))
     return int(np.argmax(sums >= energy * sums[-1])) + 1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _paths
 from jlora._sites import Site, Sites
+from jlora._text import shown
 
 Targets = str | Callable[[Site], bool] | Sequence[str | Callable[[Site], bool]]
 InitA = Literal["uniform", "normal"] | Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -139,7 +140,7 @@ def assign(rules: Rule | Iterable[Rule], sites: Sites) -> dict[str, tuple[Rule, 
         site, rank = over[0]
         more = f" and {len(over) - 1} more" if len(over) > 1 else ""
         raise ValueError(
-            f"Rank {rank} is above {site.max_rank}, the smaller side of '{site.path}' {site.shape}{more}.\n"
+            f"Rank {rank} is above {site.max_rank}, the smaller side of '{shown(site.path)}' {site.shape}{more}.\n"
             f"  Lower the rank, or give this weight a rule of its own before the others: LoRA(rank={site.max_rank}, targets={site.path!r})."
         )
     return taken

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import _paths
 from jlora._adapters import Adapter, is_adapter
+from jlora._text import shown
 
 # Flax keeps an array that has metadata in a box; its contents have this key below the path of the box.
 _BOXED = "/value"
@@ -75,7 +76,7 @@ def _leaf(path: str, found: Mapping[str, Any]) -> Any:
     leaf = next((found[p] for p in _spellings(path) if p in found), None)
     if leaf is None:
         raise ValueError(
-            f"The base has no leaf '{path}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, found))}"
+            f"The base has no leaf '{shown(path)}' to take a sharding from.\n  nearest: {', '.join(_paths.nearest(path, found))}"
         )
     return leaf
 
@@ -140,7 +141,7 @@ def _named(path: str, sharding: Any, mesh: Mesh | None, rules: Any) -> Any:
     if unknown:
         hint = "" if rules is not None else " Logical names need rules=, pairs of a name and its mesh axes."
         raise ValueError(
-            f"The spec {sharding} of '{path}' names '{unknown[0]}', which the mesh does not have.\n"
+            f"The spec {sharding} of '{shown(path)}' names '{unknown[0]}', which the mesh does not have.\n"
             f"  its axes: {', '.join(map(repr, mesh.axis_names))}.{hint}"
         )
     return NamedSharding(mesh, sharding)
@@ -149,19 +150,20 @@ def _named(path: str, sharding: Any, mesh: Mesh | None, rules: Any) -> Any:
 def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
     if not _is_sharding(sharding):
         raise ValueError(
-            f"The base leaf '{path}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs"
+            f"The base leaf '{shown(path)}' has no sharding.\n  got: {type(sharding).__name__}; pass arrays, shardings or PartitionSpecs"
         )
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", None)
     fields = adapter.arrays()
     if spec is None:
         if len(sharding.device_set) > 1 and not sharding.is_fully_replicated:
             raise ValueError(
-                f"The sharding of '{path}' does not say which axes are split.\n  got: {type(sharding).__name__}; pass a NamedSharding"
+                f"The sharding of '{shown(path)}' does not say which axes are split.\n  got: {type(sharding).__name__}; pass "
+                f"a NamedSharding"
             )
         return jax.tree.map(lambda _: sharding, adapter)
     shape = {p: s for p, s, _ in adapter.base.leaves}.get(path) or adapter.shape
     if len(spec) > len(shape):
-        raise ValueError(f"The spec {spec} of '{path}' is longer than its {len(shape)} axes.")
+        raise ValueError(f"The spec {spec} of '{shown(path)}' is longer than its {len(shape)} axes.")
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
 
     def on(spec: PartitionSpec) -> Any:

@@ -13,6 +13,7 @@ from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
 from jlora._discover import NONE, Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
+from jlora._text import shown
 from jlora._trace import check_function, shapes_of, trace_call
 
 
@@ -95,9 +96,9 @@ class Sites(Mapping[str, Site]):
         if path in self._sites:
             return self._sites[path]
         if path in self.skipped:
-            raise KeyError(f"'{path}' cannot be adapted: {self.skipped[path].reason}.")
+            raise KeyError(f"'{shown(path)}' cannot be adapted: {self.skipped[path].reason}.")
         near = _paths.nearest(path, [*self._sites, *self.skipped])
-        raise KeyError(f"No leaf has the path '{path}'; nearest: {', '.join(near)}.")
+        raise KeyError(f"No leaf has the path '{shown(path)}'; nearest: {', '.join(near)}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sites)

@@ -11,6 +11,7 @@ from jlora import _paths
 from jlora._adapters import Adapter, LowRank
 from jlora._sharding import Split, names_of, splits
 from jlora._table import table
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 
@@ -80,7 +81,8 @@ def _spelled(split: Mapping[str, Split]) -> str:
 
 def _whole(split: Mapping[str, Mapping[str, Split]]) -> list[str]:
     return [
-        f"'{path}': the axis of size {size} of {name} is kept whole, since the devices along {'+'.join(names_of(axis))} do not divide it."
+        f"'{shown(path)}': the axis of size {size} of {name} is kept whole, since the devices along "
+        f"{'+'.join(names_of(axis))} do not divide it."
         for path, arrays in split.items()
         for name, s in arrays.items()
         for size, axis in s.kept_whole

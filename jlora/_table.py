@@ -1,11 +1,13 @@
-"""Plain text tables, for ``print``. No colours, no dependency."""
+"""Plain text tables, for ``print``. No colours, no dependency; what a cell holds is harmless to a terminal."""
 
 from collections.abc import Sequence
+
+from jlora._text import shown
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Aligns ``rows`` under ``header``; columns in ``right`` are aligned to the right."""
-    lines = [tuple(header), *(tuple(map(str, row)) for row in rows)]
+    lines = [tuple(header), *(tuple(shown(cell, 1000) for cell in row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
         "  ".join(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jlora import _jax
+from jlora._text import shown
 
 
 class Call(NamedTuple):
@@ -73,7 +74,7 @@ def trace_call(
         )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf) and not isinstance(leaf, int | float | complex):
-            raise TypeError(f"The leaf '{path}' of the parameters is not an array but {type(leaf).__name__}.")
+            raise TypeError(f"The leaf '{shown(path)}' of the parameters is not an array but {type(leaf).__name__}.")
     flat, arg_tree = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [is_array(x) for x in flat]
     arrays = [x for x, is_dynamic in zip(flat, dynamic, strict=True) if is_dynamic]

@@ -16,6 +16,7 @@ from jlora._factored import Branch
 from jlora._init import as_key, fold_path
 from jlora._interpret import Interpreter
 from jlora._sites import RETURNED
+from jlora._text import shown
 from jlora._trace import Call, check_function, trace_call
 
 _UNSAID: Any = object()  # no ``dropout_key``, not even ``None``
@@ -142,11 +143,12 @@ def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any])
     for path, adapter in lora.items():
         if path not in shapes:
             raise ValueError(
-                f"The adapter belongs to another base: there is no leaf '{path}'.\n  nearest: {', '.join(_paths.nearest(path, shapes))}"
+                f"The adapter belongs to another base: there is no leaf '{shown(path)}'.\n  nearest: "
+                f"{', '.join(_paths.nearest(path, shapes))}"
             )
         if shapes[path] != adapter.shape:
             raise ValueError(
-                f"The adapter belongs to another base: '{path}' has shape {shapes[path]}, the adapter is for {adapter.shape}."
+                f"The adapter belongs to another base: '{shown(path)}' has shape {shapes[path]}, the adapter is for {adapter.shape}."
             )
 
 

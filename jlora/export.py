@@ -27,6 +27,7 @@ from jlora._fold import stochastic_round as stochastic_round
 from jlora._names import ByName, Leaf, Names, Place, Weight, check_named, places
 from jlora._overflow import Overflow
 from jlora._sites import Site, Sites
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 INDEX = "model.safetensors.index.json"
@@ -269,12 +270,12 @@ class _Export:
         for path in self.tree.paths:
             leaf = self.params[path]
             if _hosts.spans(leaf):
-                raise ValueError(f"'{path}' is spread over processes: export what was saved in one process.")
+                raise ValueError(f"'{shown(path)}' is spread over processes: export what was saved in one process.")
             own = np.dtype(leaf.dtype)
             for place in (p for p in self.tree.places[path] if p.first):
                 if str(own) not in FLOATS:
                     raise ValueError(
-                        f"'{path}' holds {own}, which is no weight.\n  Leave it out: names={{'{path}': ()}}."
+                        f"'{shown(path)}' holds {own}, which is no weight.\n  Leave it out: names={{'{shown(path)}': ()}}."
                     )
                 place, axes, weight = self.tree.place(place.weight.name)
                 shape = _layouts.torch_shape(axes, weight)
@@ -331,12 +332,14 @@ def _gather(tree: _Tree, path: str, leaf: Any, found: list[Place], sources: Mapp
         wanted = _layouts.torch_shape(part, place.weight)
         shape = sources[name].header[name].shape
         if shape != wanted:
-            raise ValueError(f"'{name}' has shape {shape}; '{path}' {axes.shape} is {wanted} there.")
+            raise ValueError(f"'{shown(name)}' has shape {shape}; '{shown(path)}' {axes.shape} is {wanted} there.")
         x = _files.check_finite(name, sources[name].read(name))
         x = _layouts.from_torch(_cast(x, name, path, value.dtype), part, place.weight)
         at = _layouts.slice_of(axes, place.at)
         if not place.first and not np.array_equal(value[at], x):
-            raise ValueError(f"'{path}' is one leaf here, but '{name}' and '{found[0].weight.name}' differ.")
+            raise ValueError(
+                f"'{shown(path)}' is one leaf here, but '{shown(name)}' and '{shown(found[0].weight.name)}' differ."
+            )
         value[at] = x
     if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype and value.dtype.kind in "iu":
         return value  # JAX would cut off the upper half
@@ -351,8 +354,8 @@ def _cast(x: np.ndarray, name: str, path: str, dtype: np.dtype) -> np.ndarray:
         for d in (x.dtype, dtype)
     ]
     if kinds[0] is not kinds[1]:
-        raise ValueError(f"'{name}' holds {x.dtype}; '{path}' is {dtype}.")
+        raise ValueError(f"'{shown(name)}' holds {x.dtype}; '{shown(path)}' is {dtype}.")
     cast = x.astype(dtype)
     if kinds[0] is jnp.integer and not np.array_equal(cast, x):
-        raise ValueError(f"'{name}' has integers of {x.dtype} that '{path}' cannot hold in {dtype}.")
+        raise ValueError(f"'{shown(name)}' has integers of {x.dtype} that '{shown(path)}' cannot hold in {dtype}.")
     return cast

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jlora import _paths
 from jlora._adapters import Adapter
+from jlora._text import shown
 
 
 class Functional:
@@ -49,14 +50,14 @@ class Functional:
         written = _changed(mine, parts[1])
         if written:
             raise ValueError(
-                f"The call writes the parameter '{written}', which a pure function of its parameters cannot."
+                f"The call writes the parameter '{shown(written)}', which a pure function of its parameters cannot."
             )
         if mutable:
             return out, parts[2]
         changed = _changed(state, parts[2])
         if changed:
             raise ValueError(
-                f"The call changes '{changed}' (or passes it through nnx.jit or nnx.remat), which a pure function cannot.\n"
+                f"The call changes '{shown(changed)}' (or passes it through nnx.jit or nnx.remat), which a pure function cannot.\n"
                 "  Pass mutable=True and take (output, state), or split the module in evaluation mode (module.eval())."
             )
         return out

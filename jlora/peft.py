@@ -29,6 +29,7 @@ from jlora._peft_write import save as save
 from jlora._rules import Only
 from jlora._sharding import followed
 from jlora._sites import Site, Sites
+from jlora._text import shown
 
 __all__ = ["Weight", "default_name", "load", "read", "save"]
 
@@ -188,7 +189,7 @@ def _assemble(reader: Reader, path: str, pairs: list[Pair], dtype: Any) -> Adapt
         index = pair.place.at
         if index in slices and not _same(slices[index], (a, b, pair.scale)):
             raise ValueError(
-                f"'{path}' is one leaf here, but its {len(pairs)} weights in PyTorch were adapted apart: "
+                f"'{shown(path)}' is one leaf here, but its {len(pairs)} weights in PyTorch were adapted apart: "
                 f"{_paths.listing([p.place.weight.name for p in pairs], 4)}.\n  Give the base a leaf for each."
             )
         slices[index] = a, b, pair.scale
@@ -283,7 +284,7 @@ def _check_shared(reader: Reader, path: str, slices: Mapping[Place, np.ndarray],
     if lacking or (reader.leaves[path].is_tied and all(place.first for place in slices)):
         other = _paths.listing(lacking, 3) if lacking else "those of its other uses, which names does not tell"
         raise ValueError(
-            f"'{path}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {other}.\n"
+            f"'{shown(path)}' is one leaf here, but the adapter replaces only some of its weights in PyTorch, not {other}.\n"
             f"  Give the base a leaf for each.{more}"
         )
 
@@ -299,7 +300,7 @@ def _value(reader: Reader, key: str, place: Place) -> np.ndarray:
     axes = reader.axes(place)
     x, wanted = reader.tensors.header[key].shape, _layouts.torch_shape(axes, place.weight)
     if x != wanted:
-        raise ValueError(f"'{_files.shown(key)}' has shape {x}; '{place.path}' {axes.shape} is {wanted} there.")
+        raise ValueError(f"'{_files.shown(key)}' has shape {x}; '{shown(place.path)}' {axes.shape} is {wanted} there.")
     return _files.floats(_layouts.from_torch(reader.read(key), axes, place.weight))
 
 
@@ -307,7 +308,7 @@ def _known(reader: Reader, place: Place, key: str) -> np.ndarray:
     """The base's value at a place."""
     if place.path not in reader.params:
         raise Advised(
-            f"'{_files.shown(key)}' needs the value of '{place.path}' in the base.",
+            f"'{_files.shown(key)}' needs the value of '{shown(place.path)}' in the base.",
             "Pass the parameters: load(folder, sites, params=params).",
             "params",
         )
@@ -323,7 +324,7 @@ def _check_equal(reader: Reader, key: str, place: Place) -> None:
     precision = max(_PRECISION.get(base, 1e-5), _PRECISION.get(file, 1e-5))
     if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=precision, atol=1e-6):
         raise ValueError(
-            f"The adapter carries '{_files.shown(key)}', which is not what '{place.path}' is in the base, and does not list it in "
+            f"The adapter carries '{_files.shown(key)}', which is not what '{shown(place.path)}' is in the base, and does not list it in "
             "modules_to_save.\n  It was trained on another base, or its vocabulary was changed."
         )
 
@@ -339,7 +340,7 @@ def _with_rows(reader: Reader, key: str, module: str, place: Place) -> np.ndarra
     rows = _files.floats(reader.read(key))
     if rows.shape != (len(ids), *table.shape[1:]) or max(ids, default=0) >= len(table):
         raise ValueError(
-            f"'{_files.shown(key)}' has shape {rows.shape}, for {len(ids)} trained tokens of '{place.path}' {table.shape}."
+            f"'{_files.shown(key)}' has shape {rows.shape}, for {len(ids)} trained tokens of '{shown(place.path)}' {table.shape}."
         )
     table[list(ids)] = rows
     return table
@@ -350,7 +351,7 @@ def _stack(reader: Reader, path: str, slices: Mapping[Place, np.ndarray], dtype:
     several = {place.at: x for place, x in slices.items()}
     for place, x in slices.items():
         if not np.array_equal(x, several[place.at]):
-            raise ValueError(f"'{path}' is one leaf here, but has two values in the adapter.")
+            raise ValueError(f"'{shown(path)}' is one leaf here, but has two values in the adapter.")
     if () in several:
         value = _files.floats(several[()], dtype)
         return whole_of_site(jnp.asarray(value), reader.leaves[path], reader.sites.base)

@@ -28,6 +28,7 @@ from jlora._plot_curves import draw_angles, draw_spectra, overlap, panels_of, sh
 from jlora._plot_draw import figure, load_matplotlib, root
 from jlora._plot_grid import grid_of
 from jlora._plot_heat import heat, scale
+from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def _check_values(name: str, lora: Any, argument: str = "lora") -> None:
         for leaf in jax.tree.leaves(x):
             if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
                 raise TypeError(
-                    f"jlora.plot.{name} draws values.\n  got: {type(leaf).__name__} in the adapter of '{path}'\n"
+                    f"jlora.plot.{name} draws values.\n  got: {type(leaf).__name__} in the adapter of '{shown(path)}'\n"
                     "  Call it outside of jit and vmap, with arrays."
                 )
 
@@ -301,7 +302,9 @@ def _base(name: str, lora: Lora, params: Any) -> dict[str, Any]:
     base = {path: w for path, w in zip(paths, leaves, strict=True) if path in lora}
     for path, w in base.items():
         if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(f"jlora.plot.{name} needs the values of the base.\n  got: {type(w).__name__} at '{path}'")
+            raise TypeError(
+                f"jlora.plot.{name} needs the values of the base.\n  got: {type(w).__name__} at '{shown(path)}'"
+            )
     return base
 
 

@@ -11,12 +11,14 @@ from jlora import _files, _paths
 from jlora._cli_adapters import Refusal
 from jlora._cli_weights import Weights, compiled
 
-TABLE = re.compile(r".*(embed|wte|wpe|table|vocab|codebook|relative_attention_bias).*|emb|shared", re.IGNORECASE)
+TABLE = re.compile(
+    r".*(embed|wte|wpe|table|vocab|codebook|relative_attention_bias).*|emb|shared", re.IGNORECASE | re.DOTALL
+)
 """Names of modules that tables have, before anything else is asked of a name."""
 LINEAR = re.compile(
     r".*(proj|linear|dense|attn|attention|qkv|query|key|value|mlp|gate|router|head|classifier|score|pooler|logit).*"
     r"|(fc|lin|ff|wi|c)[_\d].*|fc|lin|ff|wi|[qkvo]|w[qkvo\d]",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 """Names of modules that linear layers have."""
 

@@ -15,7 +15,7 @@ from jlora._cli_adapters import Refusal
 from jlora._cli_weights import Weights
 from jlora._ties import last as last
 
-HEAD = re.compile(r".*(head|embed_out|output|classifier|score|logit|decoder|unembed).*|out", re.IGNORECASE)
+HEAD = re.compile(r".*(head|embed_out|output|classifier|score|logit|decoder|unembed).*|out", re.IGNORECASE | re.DOTALL)
 """Names of modules that give a model's outputs."""
 # fmt: off
 _TIED = frozenset([

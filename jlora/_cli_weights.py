@@ -158,7 +158,7 @@ class Layout:
 def compiled(option: str, pattern: str) -> re.Pattern[str]:
     """A pattern of whole names; one that is empty matches none."""
     try:
-        return re.compile(pattern)
+        return re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise Refusal(f"{option} {pattern!r} is not a regular expression: {error}.") from None
 

@@ -203,7 +203,7 @@ def _named(leaf: Leaf, names: Names, table: Mapping[str, Named] | None, unused: 
         named = names(leaf.path)
     elif table is not None:
         for pattern, value in table.items():
-            match = re.fullmatch(pattern, leaf.path)
+            match = _paths.match(pattern, leaf.path)
             if match or pattern == leaf.path:
                 unused.discard(pattern)
                 named = _filled(value, match)

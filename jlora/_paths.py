@@ -4,6 +4,7 @@ A path is what ``jax.tree_util.keystr(keys, simple=True, separator="/")`` gives,
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ def flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"Two leaves of the tree have the same path '{shown(twice)}'.\n  Rename one of the keys.")
     return paths, [leaf for _, leaf in keyed], treedef
+
+
+def match(pattern: str, path: str) -> re.Match[str] | None:
+    """The match of a pattern with a whole path. A dot stands for any character, a newline too: a key may hold one."""
+    return re.fullmatch(pattern, path, re.DOTALL)
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 3) -> list[str]:

@@ -14,10 +14,12 @@ Lora = Mapping[str, Adapter]
 LONG = 26  # characters of a name
 GAP = 0.5  # columns between the one without a layer and the first with
 
-NUMBER = re.compile(r"(?:(.+)[_-]|(.*(?:layer|block)s?))?(\d+)", re.IGNORECASE)
-LAYER = re.compile(r"(?!.*norm).*(layer|block).*|h", re.IGNORECASE)
-EXPERT = re.compile(r".*expert.*", re.IGNORECASE)
-PARAMETER = re.compile(r"kernel|weight|embedding|scale|bias|[wb]", re.IGNORECASE)  # tells nothing without its module
+NUMBER = re.compile(r"(?:(.+)[_-]|(.*(?:layer|block)s?))?(\d+)", re.IGNORECASE | re.DOTALL)
+LAYER = re.compile(r"(?!.*norm).*(layer|block).*|h", re.IGNORECASE | re.DOTALL)
+EXPERT = re.compile(r".*expert.*", re.IGNORECASE | re.DOTALL)
+PARAMETER = re.compile(
+    r"kernel|weight|embedding|scale|bias|[wb]", re.IGNORECASE | re.DOTALL
+)  # tells nothing without its module
 
 
 class _Path(NamedTuple):

@@ -69,7 +69,7 @@ def ranks_of(low: Mapping[str, LowRank], rank: Any) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for pattern, wanted in rank.items():
         try:
-            found = [path for path in low if path == pattern or re.fullmatch(pattern, path)]
+            found = [path for path in low if path == pattern or _paths.match(pattern, path)]
         except (re.error, TypeError) as error:
             raise ValueError(f"The pattern {pattern!r} of a rank is not a regular expression: {error}.") from None
         if not found:

@@ -160,7 +160,7 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
         if not found:
             raise ValueError(f"No weight matches target 'all-linear'.{_left_out(sites)}")
     else:
-        found = [site for path, site in everything.items() if target == path or re.fullmatch(target, path)]
+        found = [site for path, site in everything.items() if target == path or _paths.match(target, path)]
         if not found:
             useless = [path for path, site in everything.items() if _objection(rule, site)]
             usable = [path for path in everything if path not in set(useless)]
@@ -188,7 +188,7 @@ def _advice(target: str, usable: list[str], useless: list[str]) -> str:
     """What a target that matches nothing may have meant, of the leaves that its rule can use, before those that it cannot."""
     if target.replace("_", "-").lower() == ALL_LINEAR:
         return f"Did you mean {ALL_LINEAR!r}?"
-    partly, also = ([path for path in paths if re.search(target, path)] for paths in (usable, useless))
+    partly, also = ([path for path in paths if re.search(target, path, re.DOTALL)] for paths in (usable, useless))
     if partly or also:
         rest = f"{_paths.listing(also, 4)}, which the rule cannot train" if also else ""
         found = ", and ".join([_paths.listing(partly, 4)] * bool(partly) + [rest] * bool(rest))

@@ -181,7 +181,7 @@ def _ignored(ignore: str | Sequence[str], sources: Mapping[str, Any]) -> set[str
     found: set[str] = set()
     for pattern in [ignore] if isinstance(ignore, str) else ignore:
         try:
-            names = {name for name in sources if name == pattern or re.fullmatch(pattern, name)}
+            names = {name for name in sources if name == pattern or _paths.match(pattern, name)}
         except re.error as error:
             raise ValueError(f"ignore={pattern!r} is not a regular expression: {error}.") from None
         if not names:

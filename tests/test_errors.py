@@ -455,3 +455,11 @@ def test_case_functions_are_not_mutated():
     jlora.merge(case.params, lora)
     jax.tree.map(np.testing.assert_array_equal, before, case.params)
     jax.tree.map(np.testing.assert_array_equal, held, lora)
+
+
+def test_a_pattern_matches_paths_with_newlines():
+    """A dot stands for any character of a key."""
+    params = {"a\nb": jnp.ones((3, 5)), "c": jnp.ones((5, 4))}
+    sites = jlora.sites(lambda p, x: x @ p["a\nb"] @ p["c"], params, X)
+    assert set(jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets=".*"))) == {"a\nb", "c"}
+    assert set(jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="a.b"))) == {"a\nb"}

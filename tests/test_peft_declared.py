@@ -109,5 +109,6 @@ def test_mixed_spellings_are_refused(saved, tensors, message):
 def test_keys_whose_spelling_is_unclear(saved, rename, message):
     file = saved / "adapter_model.safetensors"
     save_file({rename(key): x for key, x in load_file(file).items()}, file)
+    edit(saved)
     with pytest.raises(ValueError, match=message):
         jlora.peft.load(saved, SITES)

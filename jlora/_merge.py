@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jlora import _jax, _overflow, _paths
 from jlora._adapters import Adapter, FullWeight, LowRank, check_mergeable
@@ -15,7 +16,7 @@ from jlora._text import shown
 from jlora._wrap import check_base, check_lora
 
 Ends = tuple[jax.Array, ...]
-"""The largest and the smallest value of a leaf; nothing where they are not known."""
+"""Numbers that are finite if a leaf is; nothing where they are not known."""
 
 
 def merge(
@@ -31,10 +32,10 @@ def merge(
     Pure and leaf by leaf; leaves without an adapter are returned as they are. Under ``jax.jit`` with ``donate_argnums=0`` it needs no
     second copy of the base.
 
-    A finite weight and finite factors can have a sum that the leaf's dtype cannot hold, as float16 ends at 65504. That raises. Two
-    numbers of each leaf tell, its largest and its smallest, which the addition finds in the same pass; the call waits for them. Under a
-    transformation (``jax.jit``, ``jax.grad``, ``jax.vmap``) values are not known, and nothing raises: the leaf holds infinities then.
-    ``report`` tells there too: what is lost of such a leaf is not finite.
+    A finite weight and finite factors can have a sum that the leaf's dtype cannot hold, as float16 ends at 65504. That raises. A bound on
+    the update, out of its factors, rules it out for most leaves; of the others the program that adds them also finds the largest and
+    smallest values, and the call waits for these. Under a transformation (``jax.jit``, ``jax.grad``, ``jax.vmap``) values are not known,
+    and nothing raises: the leaf holds infinities then. ``report`` tells there too: what is lost of such a leaf is not finite.
 
     Args:
         params: The base.
@@ -70,13 +71,14 @@ def merge(
     _overflow.check_choice(overflow)
     paths, leaves, tree = _paths.flatten(params)
     check_base(lora, paths, leaves)
+    base = dict(zip(paths, leaves, strict=True))
+    doubtful = _doubtful(base, lora, dtype) if overflow == "raise" else set()
     merged, lost, ends = [], {}, {}
-    for path, leaf in zip(paths, leaves, strict=True):
+    for path, leaf in base.items():
         if path in lora:
-            leaf, lost[path], ends[path] = _fold(leaf, lora[path], dtype, report)
+            leaf, lost[path], ends[path] = _fold(leaf, lora[path], dtype, report, path in doubtful)
         merged.append(leaf)
-    if overflow == "raise":
-        _check_ends(ends, dict(zip(paths, leaves, strict=True)), lora, dict(zip(paths, merged, strict=True)))
+    _check_ends(ends, base, lora, dict(zip(paths, merged, strict=True)))
     out = jax.tree_util.tree_unflatten(tree, merged)
     return (out, lost) if report else out
 
@@ -108,30 +110,62 @@ def delta(lora: Mapping[str, Adapter], params: Any = None) -> dict[str, jax.Arra
     return {path: adapter.delta(base[path]) for path, adapter in lora.items()}
 
 
-def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool) -> tuple[jax.Array, Any, Ends]:
+def _dtype_of(own: Any, wanted: Any) -> Any:
+    """The dtype of a merged leaf."""
+    return wanted if wanted is not None and jnp.issubdtype(own, jnp.floating) else own
+
+
+def _doubtful(base: Mapping[str, Any], lora: Mapping[str, Adapter], dtype: Any) -> set[str]:
+    r"""The leaves that may overflow.
+
+    With $|W|$ at most the largest number of the leaf's dtype, $W + \Delta$ is rounded to no more if $|\Delta|$ is below half of that
+    number's last place, which in float16 is 16; and $|\Delta| \le s\,r\,\max|A|\,\max|B|$. Half of it again is for rounding.
+    """
+    known = {p: x for p, x in lora.items() if isinstance(x, LowRank) and _is_known(x.a, x.b)}
+    sizes = jax.device_get({path: _product_of_largest(x.a, x.b) for path, x in known.items()})
+    doubtful = set(lora)
+    for path, size in sizes.items():
+        own = jax.dtypes.canonicalize_dtype(lax.dtype(base[path]))
+        stored = _dtype_of(own, dtype)
+        if jnp.issubdtype(stored, jnp.inexact) and jnp.finfo(own).max <= jnp.finfo(stored).max:
+            adapter = known[path]
+            place = float(jnp.finfo(stored).eps) * float(jnp.finfo(stored).max) / 8
+            limit = min(place, float(jnp.finfo(adapter.a.dtype).max) / 2)  # in which the update is computed
+            if float(size) * max(abs(adapter.scale), 1) * adapter.rank < limit:
+                doubtful.remove(path)
+    return doubtful
+
+
+@jax.jit
+def _product_of_largest(a: jax.Array, b: jax.Array) -> jax.Array:
+    x, y = (jnp.max(jnp.abs(f).astype(jnp.float32), initial=0) for f in (a, b))
+    return x * y
+
+
+def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool, doubtful: bool) -> tuple[jax.Array, Any, Ends]:
     w = jnp.asarray(leaf)
-    dtype = dtype if dtype is not None and jnp.issubdtype(w.dtype, jnp.floating) else w.dtype
+    dtype = _dtype_of(w.dtype, dtype)
     # What replaces the leaf is stored as it is: w + (value - w) is not the value where w is large.
     whole = jnp.asarray(adapter.value) if isinstance(adapter, FullWeight) else None
     update: Any = adapter.delta(w) if report or whole is None else None
     # The product of factors is nobody else's; what other kinds of adapters give may be their own array.
     ours = isinstance(adapter, LowRank) and not report
-    stored, ends = _sum(w, update, dtype, ours) if whole is None else _cast(whole, dtype)
+    stored, ends = _sum(w, update, dtype, ours, doubtful) if whole is None else _cast(whole, dtype, doubtful)
     sharding = None if isinstance(w, jax.core.Tracer) else w.sharding
     if sharding is not None and not isinstance(stored, jax.core.Tracer) and stored.sharding != sharding:
         stored = jax.device_put(stored, sharding)
     return stored, _lost(stored, w, update, whole) if report else None, ends
 
 
-def _cast(whole: jax.Array, dtype: Any) -> tuple[jax.Array, Ends]:
+def _cast(whole: jax.Array, dtype: Any, doubtful: bool) -> tuple[jax.Array, Ends]:
     """A leaf that replaces the base's; as it is if it has the dtype already."""
-    return (whole, ()) if whole.dtype == dtype else _narrowed(whole, dtype=dtype, ends=_is_known(whole))
+    return (whole, ()) if whole.dtype == dtype else _narrowed(whole, dtype=dtype, ends=doubtful and _is_known(whole))
 
 
-def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool) -> tuple[jax.Array, Ends]:
+def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool, doubtful: bool) -> tuple[jax.Array, Ends]:
     """``w + update``, added in the widest dtype: one pass, in the update's own memory where it is ours and that can be."""
     fits = ours and update.dtype == dtype and _on_one_device(w) and _on_one_device(update)
-    return (_added_in_place if fits else _added)(w, update, dtype=dtype, ends=_is_known(w, update))
+    return (_added_in_place if fits else _added)(w, update, dtype=dtype, ends=doubtful and _is_known(w, update))
 
 
 def _is_known(*arrays: Any) -> bool:
@@ -152,12 +186,16 @@ def _narrow(whole: jax.Array, dtype: Any, ends: bool) -> tuple[jax.Array, Ends]:
 
 
 def _with_ends(stored: jax.Array, wanted: bool) -> tuple[jax.Array, Ends]:
-    """``stored`` with its largest and smallest values, one of which is infinite or NaN if any is.
+    """``stored`` with its largest value in size, or its largest and smallest: one of them is infinite or NaN if any value is.
 
-    Not ``isfinite(stored).all()``, for which XLA:CPU makes another array, nor ``max(abs(stored))``, for which it does in float16.
+    XLA:CPU takes the first in one pass in 32 bits, but makes an array for it in float16, and for ``isfinite(stored).all()`` always.
     """
     parts = (stored.real, stored.imag) if jnp.iscomplexobj(stored) else (stored,)
-    return stored, tuple(end(x, initial=0) for x in parts for end in (jnp.max, jnp.min)) if wanted else ()
+    if not wanted:
+        return stored, ()
+    if parts[0].dtype.itemsize >= 4:
+        return stored, tuple(jnp.max(jnp.abs(x), initial=0) for x in parts)
+    return stored, tuple(end(x, initial=0) for x in parts for end in (jnp.max, jnp.min))
 
 
 def _check_ends(

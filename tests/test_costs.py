@@ -240,10 +240,24 @@ def test_merge_adds_in_the_memory_of_the_update(dtype):
     program = _merge._added_in_place.lower(w, update, dtype=jnp.float32, ends=True).compile().memory_analysis()
     assert program.temp_size_in_bytes < 128  # the largest and the smallest value
     assert program.alias_size_in_bytes == update.nbytes
-    stored, _ = _merge._sum(w, update, jnp.float32, ours=True)
+    stored, _ = _merge._sum(w, update, jnp.float32, ours=True, doubtful=True)
     assert update.is_deleted()
     assert not w.is_deleted()
     assert (stored == 3.0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_merge_looks_for_an_overflow_only_where_factors_leave_it_open(dtype):
+    params = {"w": jnp.ones((64, 32), dtype), "v": jnp.ones((32, 8), dtype)}
+    sites = jlora.sites(lambda p, x: x @ p["w"] @ p["v"], params, jnp.ones((3, 64), dtype))
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=4, alpha=8))
+    trained = jax.tree.map(lambda x: x + 0.1, lora)
+    assert _merge._doubtful(params, trained, None) == set()
+    assert _merge._doubtful(params, trained, jnp.float32) == set()
+    assert _merge._doubtful(params, trained | {"w": jax.tree.map(lambda x: x * 1e19, trained["w"])}, None) == {"w"}
+    assert _merge._doubtful({"w": jnp.ones((64, 32))}, {"w": trained["w"]}, jnp.float16) == {
+        "w"
+    }  # the base itself may be too large
 
 
 def test_merge_leaves_its_arguments_as_they_were():

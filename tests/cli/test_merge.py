@@ -1,6 +1,7 @@
 """``jlora merge``: models of PyTorch and checkpoints, against PEFT's outputs and ``jlora.export``."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,21 @@ def test_a_new_head_is_added_only_on_request(here):
     assert called("merge", base, PEFT / "bert", "out", "--add-new")["added"] == ["classifier.bias", "classifier.weight"]
     want = load_file(PEFT / "bert" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
     np.testing.assert_array_equal(load_file(here / "out" / "model.safetensors")["classifier.weight"], want)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_an_adapter_that_was_cut_is_refused(kind, here):
+    """Its configuration declares what the base has and the file lacks: a layer's factors, or what goes with a head."""
+    base = base_of(kind, here)
+    shutil.copytree(PEFT / kind, here / "cut")
+    file = here / "cut" / "adapter_model.safetensors"
+    found = load_file(file)
+    gone = next(key.rpartition(".lora_A")[0] for key in sorted(found) if ".lora_A.weight" in key)
+    save_file({key: x for key, x in found.items() if not key.startswith(gone + ".")}, file)
+    message = call("merge", base, "cut", "out", *MERGED[kind], code=2)
+    assert "lacks factors for 1 weights" in message
+    assert gone.removeprefix("base_model.model.") in message
+    assert not (here / "out").exists()
 
 
 def test_a_quantised_or_other_base_is_refused(here):

@@ -169,7 +169,8 @@ def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool, doubtful: bool
 
 
 def _is_known(*arrays: Any) -> bool:
-    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+    """Whether values can be looked at: not while a program is traced, which makes one of what is computed from known arrays too."""
+    return not _jax.is_staging() and not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def _on_one_device(x: jax.Array) -> bool:

@@ -9,6 +9,7 @@
 ``main(module)`` is its command line. ``python -m benchmarks`` runs them all, each in a process of its own.
 """
 
+import _thread
 import argparse
 import contextlib
 import importlib.util
@@ -18,6 +19,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,11 +122,21 @@ def write(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Here a terminating signal is an interrupt, as Ctrl-C is."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Here a terminating signal is an interrupt, as Ctrl-C is, and no interrupt is lost."""
+    before, hook = signal.signal(signal.SIGTERM, signal.default_int_handler), sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        # Python drops what is raised in a callback of the garbage collector, and JAX has one. Not sent from here: it would be dropped too.
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            hook(lost)
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 

@@ -1,10 +1,12 @@
 """The suite of benchmarks as a command: claims that fail are told, results are kept, pages are made of them. Nothing is timed."""
 
 import contextlib
+import gc
 import json
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -119,6 +121,21 @@ def test_an_interrupt_stops_all_that_runs(sent, tmp_path):
     assert "Stopped; written: nothing." in said
     assert "Traceback" not in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in running)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_during_garbage_collection_is_not_lost(sent):
+    def once(phase, info):
+        gc.callbacks.remove(once)
+        signal.raise_signal(sent)
+
+    def collect_and_wait():
+        gc.callbacks.append(once)
+        gc.collect()
+        time.sleep(20)
+
+    with suite.terminable(), pytest.raises(KeyboardInterrupt):
+        collect_and_wait()
 
 
 def children(pid):

@@ -10,6 +10,7 @@ experts that are put side by side), their factors are put side by side as well, 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import jax
@@ -47,8 +48,7 @@ def total(w: jax.Array, terms: Sequence[Factored]) -> Factored | None:
     if len(terms) == 1:
         return replace(terms[0], w=w)
     terms = [f.scaled() for f in terms]
-    sides = [_aligned(f, terms[0]) for f in terms]
-    wanted = [frozenset().union(*(_axes(side[i][1]) for side in sides)) for i in (0, 1)]
+    sides, wanted = _aligned(terms, w.shape)
     whole = {d for d, n in enumerate(w.shape) if n > 1}
     if len(rates := _rates(terms)) > 1:
         raise Dense(
@@ -92,11 +92,20 @@ def _alike(terms: Sequence[Factored], axis: int) -> bool:
     return len(both) == 1 and same and len(ranks) == 1 and len(_rates(terms)) == 1
 
 
-def _aligned(f: Factored, first: Factored) -> list[tuple[jax.Array, Labels]]:
-    """The two factors of ``f``, first the one that runs along the same axes as the first one of ``first``."""
-    sides = list(zip(f.parts[:2], f.labels[:2], strict=True))
-    like = [len(_axes(side[1]) ^ _axes(first.labels[0])) for side in sides]
-    return sides if like[0] <= like[1] else sides[::-1]
+def _aligned(
+    terms: Sequence[Factored], shape: Sequence[int]
+) -> tuple[list[list[tuple[jax.Array, Labels]]], list[frozenset[int]]]:
+    """The two factors of each term, in the order that keeps their sums thinnest, and the axes that the factors of the sum run along."""
+    sides: list[list[tuple[jax.Array, Labels]]] = []
+    wanted: list[frozenset[int]] = [frozenset(), frozenset()]
+    for f in terms:
+        pair = list(zip(f.parts[:2], f.labels[:2], strict=True))
+        options = [[wanted[i] | _axes(side[i][1]) for i in (0, 1)] for side in (pair, pair[::-1])]
+        size = [sum(prod(shape[d] for d in axes) for axes in option) for option in options]
+        swap = size[1] < size[0]
+        sides.append(pair[::-1] if swap else pair)
+        wanted = options[swap]
+    return sides, wanted
 
 
 def _arranged(part: jax.Array, labels: Labels, order: Labels, shape: Sequence[int]) -> jax.Array:

@@ -56,6 +56,12 @@ case(
     (X,),
     {"q": ((0,), (1, 2), ()), "k": ((2,), (0, 1), ())},
 )(lambda p, x: jnp.tanh(jnp.einsum("btd,dme->btme", x, jnp.einsum("dkh,mkh->dmk", p["q"], p["k"]))))
+case(
+    "multiplied_with_heads_of_both",
+    {"q": array(D, H, K), "k": array(M, L, K)},
+    (array(T, D, L),),
+    {"q": ((0, 2), (1,), ()), "k": ((1, 2), (0,), ())},
+)(lambda p, x: jnp.tanh(jnp.einsum("tdl,dhml->thm", x, jnp.einsum("dhk,mlk->dhml", p["q"], p["k"]))))
 case("squared", {"w": array(D, D)}, (X,), ONE)(lambda p, x: jnp.tanh(x @ (p["w"] @ p["w"])))
 case("learned_queries", {"queries": array(3, D), "w": array(D, M)}, (array(T, M),), ONE)(
     lambda p, x: jax.nn.softmax(jnp.sin(p["queries"] @ p["w"]) @ x.T) @ x

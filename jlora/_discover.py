@@ -86,6 +86,7 @@ class Record(NamedTuple):
     window: tuple[int, ...] = ()
     groups: int = 1
     dilated: bool = False
+    picked: Axes = NONE
 
 
 def leaf(path: str, leaf: Any) -> Value:
@@ -286,7 +287,8 @@ class Finder:
         key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
             where = _jax.where(self.within) if self.within else "its output"
-            known[key] = Record(SiteUse(kind, operation, where), inputs, batch, window, groups, dilated)
+            use = SiteUse(kind, operation, where)
+            known[key] = Record(use, inputs, batch, window, groups, dilated, seen.picked)
 
     def dense(self, value: Value, operation: str) -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""

@@ -11,7 +11,7 @@ from jax import lax
 
 from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
-from jlora._discover import NONE, Finder, Record, SiteUse, Value, leaf, union
+from jlora._discover import Finder, Record, SiteUse, Value, leaf, union
 from jlora._table import table
 from jlora._text import shown
 from jlora._trace import check_function, shapes_of, trace_call
@@ -215,8 +215,10 @@ def _roles(ndim: int, records: list[Record]) -> tuple[tuple[int, ...], ...]:
     batch = records[0].batch.intersection(*(r.batch for r in records)) - summed
     inputs = (lead.inputs | (lead.batch & summed)) - batch
     outputs = frozenset(range(ndim)) - inputs - batch
-    if not outputs:  # single columns were taken one by one: together they are the outputs
-        outputs, batch = batch, NONE
+    if not outputs:
+        # What a product matches with batch axes are the outputs; or the columns, where single ones were taken: all of them together.
+        outputs = batch - frozenset.intersection(*(r.picked for r in records)) or batch
+        batch -= outputs
     return tuple(tuple(sorted(group)) for group in (inputs, outputs, batch))
 
 

@@ -102,6 +102,9 @@ case("stacked_gates", {"w": array(2, D, M)}, (X,), {"w": ((1,), (2,), (0,))})(
     lambda p, x: jax.nn.silu(x @ p["w"][0]) * (x @ p["w"][1])
 )
 case("chosen_layer", {"w": array(L, D, D)}, (X, jnp.int32(2)), {"w": ((1,), (2,), (0,))})(lambda p, x, i: x @ p["w"][i])
+case("chosen_vectors_of_heads", {"w": array(D, H, E)}, (array(B, H, D), jnp.array(1)), {"w": ((0,), (1,), (2,))})(
+    lambda p, x, i: jnp.tanh(jnp.einsum("bhd,dh->bh", x, jnp.take(p["w"], i, axis=2, mode="clip")))
+)
 case("chosen_experts", {"w": array(E, D, M)}, (array(B, D), jnp.array([3, 11])), {"w": ((1,), (2,), (0,))})(
     lambda p, x, i: jnp.einsum("bd,bdm->bm", x, p["w"][i])
 )

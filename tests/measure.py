@@ -42,6 +42,18 @@ def computed_values(jaxpr: Any, shapes: set[tuple[int, ...]], ignore: tuple[str,
     )
 
 
+def weights_made(fn: Any, *args: Any) -> int:
+    """How many values ``fn(*args)`` computes that are as large as a weight: where only weights have odd axes, and no even ones.
+
+    More than one of them has to be above one: vectors do not count.
+    """
+    return sum(
+        all(n % 2 for n in v.aval.shape) and sum(n > 1 for n in v.aval.shape) > 1
+        for eqn in equations(jax.make_jaxpr(fn)(*args))
+        for v in computed(eqn)
+    )
+
+
 def flops(fn: Any, *args: Any) -> float:
     """Flops of the compiled ``fn(*args)``, as XLA counts them."""
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]

@@ -1,7 +1,8 @@
 """Random programs: layers that use their weights in every way there is, one after another, against the dense merge.
 
 A program maps activations (tokens, width) through some layers; each draws a way to use its weights from ``WAYS``. None of them may need
-a weight dense. ``JLORA_FUZZ=5000`` runs that many programs instead of the fixed sample.
+a weight dense, and none may make one in silence: axes of weights have odd sizes, while tokens and ranks are even, so that values as large
+as a weight can be counted. ``JLORA_FUZZ=5000`` runs that many programs instead of the fixed sample.
 """
 
 import os
@@ -12,11 +13,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from measure import weights_made
 
 import jlora
 
-N = 5  # tokens
-WIDTHS = (2, 3, 4, 6)
+N = 4  # tokens
+WIDTHS = (3, 5, 7, 9)
 WAYS = {}
 
 
@@ -61,7 +63,7 @@ def padded(u, v, x, i):
     return jnp.pad(x, ((0, 0), (4, 0)), constant_values=0.3) @ below
 
 
-@way("2dm", "dm")
+@way("3dm", "dm")
 def stacked(u, v, x, i):
     return jnp.einsum("nd,sdm->snm", x, jnp.concatenate([u, v[None]])).sum(0)
 
@@ -82,29 +84,29 @@ def gained(w, x, i):
     return x @ (w * jnp.linspace(0.5, 2, w.shape[1])[None] / jnp.linspace(1, 2, w.shape[0])[:, None])
 
 
-@way("d2m")
+@way("d3m")
 def heads(w, x, i):
     return jnp.einsum("nd,dhm->nhm", x, w)[:, 0] + x @ w.reshape(w.shape[0], -1)[:, -w.shape[2] :]
 
 
-@way("4dm")
+@way("5dm")
 def experts(w, x, i):
-    return jnp.einsum("nem,ne->nm", jnp.einsum("nd,edm->nem", x, w), jax.nn.softmax(x @ jnp.ones((x.shape[1], 4))))
+    return jnp.einsum("nem,ne->nm", jnp.einsum("nd,edm->nem", x, w), jax.nn.softmax(x @ jnp.ones((x.shape[1], 5))))
 
 
-@way("4dm")
+@way("5dm")
 def chosen(w, x, i):
-    return jnp.einsum("nd,ndm->nm", x, w[(i + jnp.arange(N)) % 4])
+    return jnp.einsum("nd,ndm->nm", x, w[(i + jnp.arange(N)) % 5])
 
 
-@way("4dm")
+@way("5dm")
 def ragged(w, x, i):
-    return lax.ragged_dot(x, w, jnp.array([2, 0, 1, 2], jnp.int32))
+    return lax.ragged_dot(x, w, jnp.array([2, 0, 1, 0, 1], jnp.int32))
 
 
-@way("4md")
+@way("5md")
 def ragged_transposed(w, x, i):
-    return lax.ragged_dot(x, w.transpose(0, 2, 1), jnp.zeros(4, jnp.int32).at[i].set(N))
+    return lax.ragged_dot(x, w.transpose(0, 2, 1), jnp.zeros(5, jnp.int32).at[i].set(N))
 
 
 @way("3dd", "dm")
@@ -112,7 +114,7 @@ def scanned(w, v, x, i):
     return lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), x, w)[0] @ v
 
 
-@way("2dd", "dm")
+@way("3dd", "dm")
 def rematerialised(w, v, x, i):
     step = jax.checkpoint(lambda c, w: (c + jnp.tanh(c @ w @ w.T), None), prevent_cse=False)
     return lax.scan(step, x, w, reverse=True)[0] @ v
@@ -132,6 +134,31 @@ def looped(u, w, x, i):
 @way("dm", "dm")
 def branched(u, v, x, i):
     return lax.cond(i > 0, lambda x: x @ u, lambda x: jnp.sin(x @ v) + x @ u, x)
+
+
+def orthogonal(n):
+    return jnp.asarray(np.linalg.qr(np.random.default_rng(n).standard_normal((n, n)))[0])
+
+
+@way("dm")
+def rotated(w, x, i):
+    return x @ (orthogonal(w.shape[0]) @ w @ orthogonal(w.shape[1]))
+
+
+@way("dm")
+def projected(w, x, i):
+    u = orthogonal(w.shape[0])[:, :3]
+    return x @ (u @ (u.T @ w))
+
+
+@way("5dm")
+def rotated_each(w, x, i):
+    return jnp.einsum("nd,edm->nem", x, jnp.einsum("ecd,edm->ecm", jnp.stack([orthogonal(w.shape[1])] * 5), w)).sum(1)
+
+
+@way("d3", "m3")
+def absorbed(q, k, x, i):
+    return x @ (q @ k.T)
 
 
 @way("7m", "dm")
@@ -219,6 +246,9 @@ def check(program):
         return jax.jit(jax.value_and_grad(lambda lora: (run(lora) * weights).sum()))(lora)
 
     apply = jlora.wrap(fn)
+    made = weights_made(jax.grad(lambda lora: (apply(params, lora, *args) * weights).sum()), lora)
+    own = weights_made(jax.grad(lambda x: (fn(params, x, *args[1:]) * weights).sum()), args[0])
+    assert made <= own, f"{made} values as large as a weight, where the model makes {own}"
     got, grads = total(lambda lora: apply(params, lora, *args))
     expected, wanted = total(lambda lora: fn(jlora.merge(params, lora), *args))
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
@@ -249,5 +279,5 @@ def test_every_way_by_itself():
     """Whatever the sample above draws, each way is tried."""
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for name, (shapes, _) in WAYS.items():
-            sizes = {"d": 4, "m": 6}
+            sizes = {"d": 5, "m": 9}
             check(([(name, [tuple(sizes.get(c) or int(c) for c in shape) for shape in shapes])], 3, False))

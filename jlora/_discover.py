@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora import _jax
+from jlora import _jax, _passed
 from jlora._derivatives import is_stop
 from jlora._primitives import (
     JOINS,
@@ -334,7 +334,7 @@ def _scan(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     head = s.num_consts + s.num_carry
     consts, carry, xs = values[: s.num_consts], values[s.num_consts : head], values[head:]
     slices = [v._replace(views=tuple(map(_slice, v.views))) for v in xs]
-    forwarded = _jax.forwarded(s.body, s.num_consts, s.num_carry)
+    forwarded = _passed.forwarded(s.body, s.num_consts, s.num_carry)
 
     def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
         outs = finder.run(s.body, [*consts, *carried, *slices])
@@ -350,7 +350,7 @@ def _while(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     w = _jax.while_(eqn)
     head = w.cond_consts + w.body_consts
     cond_consts, body_consts, carry = values[: w.cond_consts], values[w.cond_consts : head], values[head:]
-    forwarded = _jax.forwarded(w.body, w.body_consts, len(carry))
+    forwarded = _passed.forwarded(w.body, w.body_consts, len(carry))
 
     def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
         finder.run(w.cond, [*cond_consts, *carried])

@@ -70,6 +70,11 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:
     return Program(jaxpr, consts)
 
 
+def inputs_read(program: Program, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of ``program`` matter for the outputs marked in ``wanted``, or for an effect."""
+    return list(partial_eval.dce_jaxpr(program.jaxpr, list(wanted))[1])
+
+
 def program(jaxpr: Any) -> Program:
     """Takes a closed or open jaxpr apart."""
     return Program(getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ()))
@@ -250,27 +255,6 @@ def jit_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
         fixed(p.get("in_shardings", ()), len(eqn.invars)),
         fixed(p.get("out_shardings", ()), len(eqn.outvars)),
     )
-
-
-def forwarded(body: Program, first: int, count: int) -> set[int]:
-    """Which of the ``count`` carried values, inputs ``first`` onwards of ``body``, come out of it as they went in."""
-    invars, outvars = body.jaxpr.invars[first : first + count], body.jaxpr.outvars[:count]
-    made_by = {v: eqn for eqn in body.jaxpr.eqns for v in eqn.outvars if eqn.primitive.name in CALLS}
-    return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is _origin(w, made_by)}
-
-
-def _origin(var: Any, made_by: dict[Var, Eqn]) -> Any:
-    """The variable that ``var`` is, seen through calls that return one of their arguments."""
-    while not is_literal(var) and var in made_by:
-        eqn = made_by[var]
-        inner = subprogram(eqn)
-        inputs = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
-        calls = {v: e for e in inner.jaxpr.eqns for v in e.outvars if e.primitive.name in CALLS}
-        out = _origin(inner.jaxpr.outvars[eqn.outvars.index(var)], calls)
-        if is_literal(out) or out not in inputs:
-            return var
-        var = inputs[out]
-    return var
 
 
 def where(eqns: Sequence[Eqn]) -> str:

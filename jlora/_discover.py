@@ -32,12 +32,26 @@ NONE: Axes = frozenset()
 
 
 class SiteUse(NamedTuple):
-    """One use of a leaf: its ``kind`` (``linear``, ``conv``, ``lookup``, ``dense``), the primitive, the source line, and its input axes."""
+    """One use of a leaf: its ``kind`` (``linear``, ``conv``, ``lookup``, ``dense``), the primitive, the source line, and its input axes.
+
+    ``note`` is what to say of a dense use if not that all of the leaf is needed; ``{}`` stands for the primitive and its line.
+    """
 
     kind: str
     operation: str
     where: str
     inputs: tuple[int, ...] = ()
+    note: str = ""
+
+
+# Why a leaf that enters a program with a derivative of its own cannot be adapted.
+INSIDE = (
+    "it is used inside {}, which has a derivative of its own: wrap the function inside, and hand the adapter through the "
+    "arguments (docs/guide.md, Solvers)"
+)
+ALONG = "it is passed through {}, which has a derivative of its own"
+UNREAD = "it is passed to {}, which does not read it, though its derivative may: leave it out of what is passed"
+_NOTES = ("", INSIDE, ALONG, UNREAD)  # of an equation that takes a leaf several times, the first is said
 
 
 class Seen(NamedTuple):
@@ -148,9 +162,28 @@ class Finder:
                     if j != i:
                         self.dense(values[j], name)
                 return out
-        for i in positions:
-            self.dense(values[i], name)
+        notes = self.notes(eqn, values)
+        for i in sorted(positions, key=lambda i: _NOTES.index(notes[i])):
+            self.dense(values[i], name, notes[i])
         return [Value((), _reach(values))] * len(eqn.outvars)
+
+    def notes(self, eqn: Any, values: list[Value]) -> list[str]:
+        """What an equation with a derivative of its own does with each operand that is a weight."""
+        if eqn.primitive.name not in _jax.CUSTOM:
+            return [INSIDE if eqn.primitive.name == "custom_linear_solve" else ""] * len(values)
+        inner = Finder(self.data)
+        inner.within, inner.checked = [*self.within], self.checked
+        numbered = [v._replace(views=tuple(s._replace(path=str(i)) for s in v.views)) for i, v in enumerate(values)]
+        outs = inner.run(_jax.subprogram(eqn), numbered)
+        along = {seen.path for out in outs for seen in out.views}
+
+        def note(i: str) -> str:
+            uses = [record.use for record in inner.records.get(i, {}).values()]
+            if not uses:
+                return ALONG if i in along else UNREAD
+            return INSIDE if any(use.kind != "dense" or use.note == INSIDE for use in uses) else ""
+
+        return [note(str(i)) for i in range(len(values))]
 
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
@@ -281,20 +314,21 @@ class Finder:
         window: tuple[int, ...] = (),
         groups: int = 1,
         dilated: bool = False,
+        note: str = "",
     ) -> None:
         known = self.records.setdefault(seen.path, {})
         key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
             where = _jax.where(self.within) if self.within else "its output"
-            known[key] = Record(SiteUse(kind, operation, where), inputs, batch, window, groups, dilated)
+            known[key] = Record(SiteUse(kind, operation, where, note=note), inputs, batch, window, groups, dilated)
 
-    def dense(self, value: Value, operation: str) -> None:
+    def dense(self, value: Value, operation: str, note: str = "") -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
         for seen in value.views:
             if seen.rows:
                 self.record(seen, operation, seen.kind, seen.rows, seen.picked - seen.rows)
             else:
-                self.record(seen, operation, "dense", NONE, NONE)
+                self.record(seen, operation, "dense", NONE, NONE, note=note)
 
 
 _SUMS = ("add", "add_any", "sub")

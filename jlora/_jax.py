@@ -24,6 +24,7 @@ Var = Any
 
 # Code of frameworks: an error should name the line of the model that called them.
 _FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/", "/keras/", "/e3nn_jax/")
+_SOLVERS = ("/diffrax/", "/optimistix/", "/lineax/", "/jaxopt/")
 
 
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
@@ -263,7 +264,7 @@ def where(eqns: Sequence[Eqn]) -> str:
     An equation inside a ``jit`` or ``scan`` knows only the lines inside it; where those are a library's, the line of the call counts.
     """
     known = [frame for eqn in reversed(eqns) for frame in _frames(eqn)]
-    own = [f for f in known if not any(part in f.file_name.replace("\\", "/") for part in _FRAMEWORKS)]
+    own = [f for f in known if not any(part in f.file_name.replace("\\", "/") for part in (*_FRAMEWORKS, *_SOLVERS))]
     if not known:
         return "an unknown line"
     frame = (own or known)[0]

@@ -170,7 +170,7 @@ class Finder:
     def notes(self, eqn: Any, values: list[Value]) -> list[str]:
         """What an equation with a derivative of its own does with each operand that is a weight."""
         if eqn.primitive.name not in _jax.CUSTOM:
-            return [INSIDE if eqn.primitive.name == "custom_linear_solve" else ""] * len(values)
+            return [INSIDE if eqn.primitive.name in _jax.OPAQUE else ""] * len(values)
         inner = Finder(self.data)
         inner.within, inner.checked = [*self.within], self.checked
         numbered = [v._replace(views=tuple(s._replace(path=str(i)) for s in v.views)) for i, v in enumerate(values)]

@@ -139,7 +139,7 @@ class Interpreter:
                 return [self.looked_up(out) for out in outs] if values[position].looked_up else outs
         except Dense as error:
             reason = str(error)
-        if name in (*_jax.CUSTOM, "custom_linear_solve"):
+        if name in (*_jax.CUSTOM, *_jax.OPAQUE):
             reason = "it has a derivative of its own, which takes arrays; of a solver, wrap the function inside (docs/guide.md, Solvers)"
         return _jax.bind(eqn, [self.dense(v, name, reason) for v in values])
 

@@ -30,7 +30,10 @@ _SOLVERS = ("/diffrax/", "/optimistix/", "/lineax/", "/jaxopt/")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Primitives that call the one program they hold, and have a derivative of their own."""
 
-CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
+OPAQUE = ("custom_linear_solve", "call_hi_primitive")
+"""Primitives that hold several programs or functions, for their values and their derivatives, as solvers do."""
+
+CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", "remat2", "checkpoint")
 """Primitives that do nothing but call the one program they hold, once."""
 
 

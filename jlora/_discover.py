@@ -4,14 +4,10 @@ A value is "a view of leaf P, whose axes run along these axes of P", or an activ
 axes of the leaf it sums over; an operation that needs a view as it is records that. No name is looked at.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-
-from jlora import _jax
+from jlora import _jax, _passed
 from jlora._derivatives import is_stop
 from jlora._primitives import (
     JOINS,
@@ -26,74 +22,16 @@ from jlora._primitives import (
     meeting,
     picked,
 )
+from jlora._seen import NONE, Axes, Record, Seen, SiteUse, Source, Value, union
 
-Axes = frozenset[int]
-NONE: Axes = frozenset()
-
-
-class SiteUse(NamedTuple):
-    """One use of a leaf: its ``kind`` (``linear``, ``conv``, ``lookup``, ``dense``), the primitive, the source line, and its input axes."""
-
-    kind: str
-    operation: str
-    where: str
-    inputs: tuple[int, ...] = ()
-
-
-class Seen(NamedTuple):
-    """A view of a leaf.
-
-    Attributes:
-        path: Of the leaf.
-        axes: For each axis of the value the axes of the leaf it runs along.
-        shape: Of the value.
-        picked: Axes of the leaf along which slices were picked.
-        rows: Those picked last, or that a constant was multiplied along: if nothing multiplies the rest, the value was activations.
-        kind: The kind of use it was then.
-    """
-
-    path: str
-    axes: tuple[Axes, ...]
-    shape: tuple[int, ...]
-    picked: Axes = NONE
-    rows: Axes = NONE
-    kind: str = "lookup"
-
-
-class Source(NamedTuple):
-    """What an activation came out of last: a product with the leaves at ``paths``, or a lookup in them."""
-
-    paths: tuple[str, ...]
-    lookup: bool
-
-
-class Value(NamedTuple):
-    """A value of the abstract run: a view of a leaf (of several, where they were joined) or an activation.
-
-    Attributes:
-        views: One for each leaf; none for an activation.
-        reach: The uses of leaves that the value depends on with no other use between.
-    """
-
-    views: tuple[Seen, ...] = ()
-    reach: frozenset[Source] = frozenset()
-
-
-class Record(NamedTuple):
-    use: SiteUse
-    inputs: Axes
-    batch: Axes
-    window: tuple[int, ...] = ()
-    groups: int = 1
-    dilated: bool = False
-    picked: Axes = NONE
-
-
-def leaf(path: str, leaf: Any) -> Value:
-    shape = np.shape(leaf)
-    if 0 in shape or not jnp.issubdtype(lax.dtype(leaf), jnp.inexact):
-        return Value()
-    return Value((Seen(path, tuple(frozenset([d]) for d in range(len(shape))), shape),))
+# Why a leaf that enters a program with a derivative of its own cannot be adapted.
+INSIDE = (
+    "it is used inside {}, which has a derivative of its own: wrap the function inside, and hand the adapter through the "
+    "arguments (docs/guide.md, Solvers)"
+)
+ALONG = "it is passed through {}, which has a derivative of its own"
+UNREAD = "it is passed to {}, which does not read it, though its derivative may: leave it out of what is passed"
+_NOTES = ("", INSIDE, ALONG, UNREAD)  # of an equation that takes a leaf several times, the first is said
 
 
 class Finder:
@@ -149,9 +87,28 @@ class Finder:
                     if j != i:
                         self.dense(values[j], name)
                 return out
-        for i in positions:
-            self.dense(values[i], name)
+        notes = self.notes(eqn, values)
+        for i in sorted(positions, key=lambda i: _NOTES.index(notes[i])):
+            self.dense(values[i], name, notes[i])
         return [Value((), _reach(values))] * len(eqn.outvars)
+
+    def notes(self, eqn: Any, values: list[Value]) -> list[str]:
+        """What an equation with a derivative of its own does with each operand that is a weight."""
+        if eqn.primitive.name not in _jax.CUSTOM:
+            return [INSIDE if eqn.primitive.name in _jax.OPAQUE else ""] * len(values)
+        inner = Finder(self.data)
+        inner.within, inner.checked = [*self.within], self.checked
+        numbered = [v._replace(views=tuple(s._replace(path=str(i)) for s in v.views)) for i, v in enumerate(values)]
+        outs = inner.run(_jax.subprogram(eqn), numbered)
+        along = {seen.path for out in outs for seen in out.views}
+
+        def note(i: str) -> str:
+            uses = [record.use for record in inner.records.get(i, {}).values()]
+            if not uses:
+                return ALONG if i in along else UNREAD
+            return INSIDE if any(use.kind != "dense" or use.note == INSIDE for use in uses) else ""
+
+        return [note(str(i)) for i in range(len(values))]
 
     def product(self, eqn: Any, values: list[Value], positions: list[int]) -> list[Value]:
         """A product with a weight. Where two leaves meet, the one on the right is the weight, as in ``x @ w``."""
@@ -282,21 +239,22 @@ class Finder:
         window: tuple[int, ...] = (),
         groups: int = 1,
         dilated: bool = False,
+        note: str = "",
     ) -> None:
         known = self.records.setdefault(seen.path, {})
         key = (*map(id, self.within), kind, inputs, batch)
         if key not in known:
             where = _jax.where(self.within) if self.within else "its output"
-            use = SiteUse(kind, operation, where)
+            use = SiteUse(kind, operation, where, note=note)
             known[key] = Record(use, inputs, batch, window, groups, dilated, seen.picked)
 
-    def dense(self, value: Value, operation: str) -> None:
+    def dense(self, value: Value, operation: str, note: str = "") -> None:
         """Notes that ``value``, if it is a view of a leaf, is needed as it is: rows of a table if it was gathered, else densely."""
         for seen in value.views:
             if seen.rows:
                 self.record(seen, operation, seen.kind, seen.rows, seen.picked - seen.rows)
             else:
-                self.record(seen, operation, "dense", NONE, NONE)
+                self.record(seen, operation, "dense", NONE, NONE, note=note)
 
 
 _SUMS = ("add", "add_any", "sub")
@@ -336,7 +294,7 @@ def _scan(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     head = s.num_consts + s.num_carry
     consts, carry, xs = values[: s.num_consts], values[s.num_consts : head], values[head:]
     slices = [v._replace(views=tuple(map(_slice, v.views))) for v in xs]
-    forwarded = _jax.forwarded(s.body, s.num_consts, s.num_carry)
+    forwarded = _passed.forwarded(s.body, s.num_consts, s.num_carry)
 
     def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
         outs = finder.run(s.body, [*consts, *carried, *slices])
@@ -352,7 +310,7 @@ def _while(finder: Finder, eqn: Any, values: list[Value]) -> list[Value]:
     w = _jax.while_(eqn)
     head = w.cond_consts + w.body_consts
     cond_consts, body_consts, carry = values[: w.cond_consts], values[w.cond_consts : head], values[head:]
-    forwarded = _jax.forwarded(w.body, w.body_consts, len(carry))
+    forwarded = _passed.forwarded(w.body, w.body_consts, len(carry))
 
     def body(carried: list[Value]) -> tuple[list[Value], list[Value]]:
         finder.run(w.cond, [*cond_consts, *carried])
@@ -421,8 +379,3 @@ def _slice(seen: Seen) -> Seen:
 
 def _reach(values: Sequence[Value]) -> frozenset[Source]:
     return frozenset().union(*(v.reach for v in values))
-
-
-def union(groups: Iterable[Axes]) -> Axes:
-    """All axes in any of ``groups``."""
-    return frozenset().union(*groups)

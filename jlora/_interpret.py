@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import _jax
+from jlora import _jax, _passed
 from jlora._derivatives import is_stop, jlora_stop_gradient
 from jlora._factored import Factored
 from jlora._mix import by_constant, by_weight
@@ -139,6 +139,8 @@ class Interpreter:
                 return [self.looked_up(out) for out in outs] if values[position].looked_up else outs
         except Dense as error:
             reason = str(error)
+        if name in (*_jax.CUSTOM, *_jax.OPAQUE):
+            reason = "it has a derivative of its own, which takes arrays; of a solver, wrap the function inside (docs/guide.md, Solvers)"
         return _jax.bind(eqn, [self.dense(v, name, reason) for v in values])
 
     def takes(self, eqn: Eqn, position: int, value: Factored) -> bool:
@@ -315,7 +317,7 @@ def _factor_specs(value: Any, spec: Any) -> Any:
 def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     s = _jax.scan(eqn)
     consts, carry, xs = _split(values, s.num_consts, s.num_carry)
-    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(s.body, s.num_consts, s.num_carry))
+    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _passed.forwarded(s.body, s.num_consts, s.num_carry))
     unstacked = [v.unstack() if isinstance(v, Factored) else ([v], lambda one: one[0]) for v in xs]
     steps = jnp.arange(s.length) if _has_keys([*consts, *kept.values(), *xs]) else None
 
@@ -337,7 +339,7 @@ def _scan(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
 def _while(interp: Interpreter, eqn: Eqn, values: list[Any]) -> list[Any]:
     w = _jax.while_(eqn)
     cond_consts, body_consts, carry = _split(values, w.cond_consts, w.body_consts)
-    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _jax.forwarded(w.body, w.body_consts, len(carry)))
+    kept, carried = _loop_carry(interp, eqn.primitive.name, carry, _passed.forwarded(w.body, w.body_consts, len(carry)))
     steps = jnp.zeros((), jnp.int32) if _has_keys(body_consts + list(kept.values())) else None
 
     batched = w.cond.jaxpr.outvars[0].aval.ndim > 0

@@ -24,12 +24,16 @@ Var = Any
 
 # Code of frameworks: an error should name the line of the model that called them.
 _FRAMEWORKS = ("/flax/", "/equinox/", "/haiku/", "/optax/", "/jraph/", "/penzai/", "/keras/", "/e3nn_jax/")
+_SOLVERS = ("/diffrax/", "/optimistix/", "/lineax/", "/jaxopt/")
 
 
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 """Primitives that call the one program they hold, and have a derivative of their own."""
 
-CALLS = ("jit", "pjit", "closed_call", "remat2", "checkpoint")
+OPAQUE = ("custom_linear_solve", "call_hi_primitive")
+"""Primitives that hold several programs or functions, for their values and their derivatives, as solvers do."""
+
+CALLS = ("jit", "pjit", "closed_call", "eval_jaxpr", "remat2", "checkpoint")
 """Primitives that do nothing but call the one program they hold, once."""
 
 
@@ -68,6 +72,11 @@ def trace(fn: Callable[..., Any], args: Sequence[Any]) -> Program:
     jaxpr, consts = program(jax.make_jaxpr(fn)(*args))
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     return Program(jaxpr, consts)
+
+
+def inputs_read(program: Program, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs of ``program`` matter for the outputs marked in ``wanted``, or for an effect."""
+    return list(partial_eval.dce_jaxpr(program.jaxpr, list(wanted))[1])
 
 
 def program(jaxpr: Any) -> Program:
@@ -252,34 +261,13 @@ def jit_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
     )
 
 
-def forwarded(body: Program, first: int, count: int) -> set[int]:
-    """Which of the ``count`` carried values, inputs ``first`` onwards of ``body``, come out of it as they went in."""
-    invars, outvars = body.jaxpr.invars[first : first + count], body.jaxpr.outvars[:count]
-    made_by = {v: eqn for eqn in body.jaxpr.eqns for v in eqn.outvars if eqn.primitive.name in CALLS}
-    return {i for i, (v, w) in enumerate(zip(invars, outvars, strict=True)) if v is _origin(w, made_by)}
-
-
-def _origin(var: Any, made_by: dict[Var, Eqn]) -> Any:
-    """The variable that ``var`` is, seen through calls that return one of their arguments."""
-    while not is_literal(var) and var in made_by:
-        eqn = made_by[var]
-        inner = subprogram(eqn)
-        inputs = dict(zip(inner.jaxpr.invars, eqn.invars, strict=True))
-        calls = {v: e for e in inner.jaxpr.eqns for v in e.outvars if e.primitive.name in CALLS}
-        out = _origin(inner.jaxpr.outvars[eqn.outvars.index(var)], calls)
-        if is_literal(out) or out not in inputs:
-            return var
-        var = inputs[out]
-    return var
-
-
 def where(eqns: Sequence[Eqn]) -> str:
     """``"model.py:12 (Block.__call__)"``: the line of the model's source that made the last of ``eqns``, the others being around it.
 
     An equation inside a ``jit`` or ``scan`` knows only the lines inside it; where those are a library's, the line of the call counts.
     """
     known = [frame for eqn in reversed(eqns) for frame in _frames(eqn)]
-    own = [f for f in known if not any(part in f.file_name.replace("\\", "/") for part in _FRAMEWORKS)]
+    own = [f for f in known if not any(part in f.file_name.replace("\\", "/") for part in (*_FRAMEWORKS, *_SOLVERS))]
     if not known:
         return "an unknown line"
     frame = (own or known)[0]

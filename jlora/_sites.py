@@ -11,7 +11,8 @@ from jax import lax
 
 from jlora import _paths
 from jlora._adapters import Fingerprint, fingerprint
-from jlora._discover import Finder, Record, SiteUse, Value, leaf, union
+from jlora._discover import Finder
+from jlora._seen import Record, SiteUse, Value, leaf, union
 from jlora._table import table
 from jlora._text import shown
 from jlora._trace import check_function, shapes_of, trace_call
@@ -233,8 +234,9 @@ def _reason(path: str, shape: Sequence[int], dtype: Any, records: list[Record], 
     if any(use.operation == RETURNED for use in dense):
         return RETURNED
     if dense:
-        first = f"{dense[0].operation} at {dense[0].where}"
-        return f"all of it is needed by {first}" + (f" and {len(dense) - 1} more" if len(dense) > 1 else "")
+        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        note = dense[0].note or "all of it is needed by {}"
+        return note.format(f"{dense[0].operation} at {dense[0].where}{more}")
     for group, place in finder.merged.get(path, {}).items():
         if not any(group - set(roles[2]) <= set(role) for role in roles[:2]):
             return f"{place} ties an input axis to an output axis"

@@ -11,14 +11,16 @@ from flax import nnx
 
 from jlora import _paths
 from jlora._adapters import Adapter
-from jlora._text import shown
+from jlora._nnx_changes import Key, changed, value_of
 
 
 class Functional:
     """``fn(params, *args, **kwargs)``: calls a module that has ``params`` for its ``nnx.Param``s.
 
     The module's other state (batch statistics, random streams) is as it was when the module was split. A call that would change it
-    raises, unless ``mutable=True``: then the call returns ``(output, state)``, and ``state=`` passes it to the next one.
+    raises, unless ``mutable=True``: then the call returns ``(output, state)``, and ``state=`` passes it to the next one. A random
+    stream that is drawn from in vain does not count, and neither does state that goes through ``nnx.jit`` or ``nnx.remat`` unchanged.
+    ``mutable=["batch_stats"]``, and whatever else is no flag, is handed on to the module, for ``nnx.bridge.ToNNX``.
     """
 
     def __init__(self, graph: Any, params: Any, state: Any, name: str):
@@ -35,7 +37,7 @@ class Functional:
         return {} if self._unknown is None else {"state": self.state}
 
     def __call__(
-        self, params: Any, *args: Any, method: str = "__call__", mutable: bool = False, state: Any = None, **kwargs: Any
+        self, params: Any, *args: Any, method: str = "__call__", mutable: Any = False, state: Any = None, **kwargs: Any
     ) -> Any:
         if state is None and self._unknown is not None:
             raise ValueError(
@@ -44,23 +46,21 @@ class Functional:
             )
         state = self.state if state is None else state
         mine = self._own(params)
-        module = nnx.merge(self._graph, mine, state, copy=True)
-        out = getattr(module, method)(*args, **kwargs)
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        written = _changed(mine, parts[1])
-        if written:
-            raise ValueError(
-                f"The call writes the parameter '{shown(written)}', which a pure function of its parameters cannot."
-            )
-        if mutable:
-            return out, parts[2]
-        changed = _changed(state, parts[2])
-        if changed:
-            raise ValueError(
-                f"The call changes '{shown(changed)}' (or passes it through nnx.jit or nnx.remat), which a pure function cannot.\n"
-                "  Pass mutable=True and take (output, state), or split the module in evaluation mode (module.eval())."
-            )
-        return out
+        if not isinstance(mutable, bool):  # collections that may change, an argument of modules like nnx.bridge.ToNNX
+            kwargs["mutable"] = mutable
+
+        def run(mine: Any, state: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+            module = nnx.merge(self._graph, mine, state, copy=True)
+            out = getattr(module, method)(*args, **kwargs)
+            parts: Any = nnx.split(module, nnx.Param, ...)
+            return out, parts[1], parts[2]
+
+        given = (mine, state, args, kwargs)
+        out, *after = run(*given)
+        found = changed(run, given, after[:1] if mutable else after)
+        if found:
+            raise ValueError(_refusal(found[0]))
+        return (out, after[1]) if mutable else out
 
     def _own(self, params: Any) -> nnx.State:
         """The parameters under the module's own keys; nnx itself goes by their order, which that of other keys need not be."""
@@ -85,6 +85,7 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
 
     Raises:
         TypeError: ``module`` is no NNX module.
+        ValueError: ``module`` is a linen module in an ``nnx.bridge.ToNNX`` that has no variables yet.
 
     Example:
         >>> import jax, jlora
@@ -97,6 +98,11 @@ def split(module: nnx.Module) -> tuple[Functional, Any]:
         raise TypeError(f"split takes an nnx.Module.\n  got: {type(module).__name__}")
     parts: Any = nnx.split(module, nnx.Param, ...)
     graph, params, state = parts
+    if isinstance(module, nnx.bridge.ToNNX) and not params:
+        raise ValueError(
+            f"The linen module {type(module.to_nnx__module).__name__} has no parameters yet.\n"
+            "  Make them with an example of its input: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(x)."
+        )
     return Functional(graph, params, state, type(module).__name__), _named(params)
 
 
@@ -124,7 +130,7 @@ def _keys(params: Any) -> Any:
 
 def _named(params: Any) -> Any:
     """The values under keys that are strings."""
-    return {str(key): _named(x) for key, x in params.items()} if isinstance(params, Mapping) else _value(params)
+    return {str(key): _named(x) for key, x in params.items()} if isinstance(params, Mapping) else value_of(params)
 
 
 def _keyed(params: Any, keys: Any, name: str, at: tuple[str, ...] = ()) -> Any:
@@ -145,32 +151,24 @@ def _keyed(params: Any, keys: Any, name: str, at: tuple[str, ...] = ()) -> Any:
     return {key: _keyed(given[word], keys[key], name, (*at, word)) for word, key in wanted.items()}
 
 
+def _refusal(key: Key) -> str:
+    """Why a call that changes a variable is refused."""
+    if key.part == 0:
+        return (
+            f"The call writes the parameter '{key}', which a pure function of its parameters cannot.\n"
+            "  Keep what a call changes in another kind of variable, such as nnx.Variable, and pass mutable=True."
+        )
+    linen = "give the linen module keys of your own: fn(params, ..., rngs=nnx.Rngs(dropout=key))"
+    other = linen if "to_nnx__rngs" in key.path else "split the module in evaluation mode (module.eval())"
+    return (
+        f"The call changes '{key}', which a pure function cannot.\n"
+        f"  Pass mutable=True and take (output, state), or {other}."
+    )
+
+
 def _shape_only(state: Any) -> str | None:
     """The first variable of which only the shape is known."""
     for keys, variable in nnx.to_flat_state(state):
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(_value(variable))):
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value_of(variable))):
             return "/".join(map(str, keys))
     return None
-
-
-def _changed(before: Any, after: Any) -> str | None:
-    """The first variable that is new, or not the same as before."""
-    old, new = (dict(nnx.to_flat_state(tree)) for tree in (before, after))
-    for keys, variable in new.items():
-        if keys not in old or not _same(_value(old[keys]), _value(variable)):
-            return "/".join(map(str, keys))
-    return None
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
-
-
-def _same(x: Any, y: Any) -> bool:
-    """Whether two values are one, or equal where both are known."""
-    if x is y:
-        return True
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, y))):
-        return False
-    old, new = jax.tree.leaves(x), jax.tree.leaves(y)
-    return len(old) == len(new) and all(bool((a == b).all()) for a, b in zip(old, new, strict=True))

@@ -382,3 +382,18 @@ def test_data_that_a_function_closed_over_is_no_constant_to_be_kept():
     lora = jlora.init(jax.random.key(0), params, jlora.sites(fn, params), jlora.LoRA(rank=2, targets="w"))
     lora = jax.tree.map(lambda x: array(*x.shape, seed=9), lora)
     np.testing.assert_allclose(jlora.wrap(fn)(params, lora), fn(jlora.merge(params, lora)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_traced_ahead_keeps_its_weights_factored():
+    """JAX 0.12 calls it by a primitive of its own."""
+    p, x = {"w": array(D, M)}, array(3, D)
+    traced = jax.jit(lambda p, x: jnp.tanh(x @ p["w"])).trace(p, x)
+
+    def fn(p, x):
+        return traced(p, x)
+
+    lora = jlora.init(jax.random.key(0), p, jlora.sites(fn, p, x), jlora.LoRA(rank=2, targets="w"))
+    lora = jax.tree.map(lambda a: array(*a.shape), lora)
+    got = jax.value_and_grad(lambda lora: jlora.wrap(fn)(p, lora, x).sum())(lora)
+    dense = jax.value_and_grad(lambda lora: fn(jlora.merge(p, lora), x).sum())(lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, dense)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jlora._text import counted
+
 MANIFEST = "manifest.ocdbt"
 _MANIFEST, _NODE = 0x0CDB3A2A, 0x0CDB20DE  # how each begins
 _BLOCK, _WINDOW = 2**17, 2**23  # zstd's largest block, and the largest window that a reader has to have
@@ -171,7 +173,7 @@ class Store:
     def _body(self, piece: Piece, magic: int) -> "_Bytes":
         """What a node holds, unpacked; its size is taken from what is left of the budget."""
         if not 18 <= piece.length <= self._left:
-            raise Damaged(f"a node of {piece.file} has {piece.length:,} bytes")
+            raise Damaged(f"a node of {piece.file} has {counted(piece.length, 'byte')}")
         raw = self._read(piece)
         if struct.unpack(">I", raw[:4])[0] != magic or struct.unpack("<Q", raw[4:12])[0] != len(raw):
             raise Damaged(f"{piece.file} holds no node where there should be one")

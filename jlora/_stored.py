@@ -18,6 +18,7 @@ import numpy as np
 
 from jlora import _files
 from jlora._ocdbt import Damaged, Store
+from jlora._text import counted
 from jlora._zarr import MAX_SAID, Form, form_of, said_at
 
 MAX_BYTES = 2**42
@@ -104,7 +105,7 @@ class Arrays:
         """Raises unless the store has all chunks of what is expected, and nothing else."""
         count = sum(1 + prod(form.grid) for form in self._forms.values())
         if count > len(self._store.values):
-            raise self._unfit(f"they have {len(self._store.values):,} parts, not {count:,}")
+            raise self._unfit(f"they have {counted(len(self._store.values), 'part')}, not {count:,}")
         keys = {f"{name}/{key}" for name, form in self._forms.items() for key in (said_at(2), *form.chunks())}
         other = sorted(keys ^ set(self._store.values))
         if other:
@@ -136,7 +137,7 @@ def check_files(folder: Path, files: Mapping[str, Any], limit: int) -> None:
         if name not in sizes:
             raise ValueError(f"{where}{_files.shown(name)} is missing.")
         if sizes[name] != size:
-            raise ValueError(f"{where}{_files.shown(name)} has {sizes[name]} bytes, not {size}.")
+            raise ValueError(f"{where}{_files.shown(name)} has {counted(sizes[name], 'byte')}, not {size:,}.")
     if sum(sizes.values()) > limit:
         raise ValueError(
             f"The files in {folder} have {sum(sizes.values()):,} bytes; for the arrays that are described at most {limit:,} are read."

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora._ocdbt import Damaged, frame_of
+from jlora._text import counted
 
 MAX_SAID = 2**14
 """Bytes of what is said of one array."""
@@ -108,7 +109,9 @@ class Form(NamedTuple):
             frame = frame_of(raw, 4 * size + 2**17)
             found = size if frame.content is None and frame.most >= size else frame.content
         if found != size:
-            raise Damaged(f"a chunk of {name} has {found or 'fewer'} bytes, not {size:,}")
+            raise Damaged(
+                f"a chunk of {name} has {'fewer bytes' if found is None else counted(found, 'byte')}, not {size:,}"
+            )
 
     def _said(self) -> dict[str, Any]:
         """What zarr says of the array."""

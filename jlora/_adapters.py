@@ -16,7 +16,7 @@ from jax import lax
 
 from jlora._factored import Branch, Factored
 from jlora._labelled import RANK
-from jlora._text import shown
+from jlora._text import counted, shown
 
 
 def static(**default: Any) -> Any:
@@ -44,7 +44,7 @@ class Fingerprint:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Fingerprint({self.digest[:12]}, {len(self.leaves)} leaves)"
+        return f"Fingerprint({self.digest[:12]}, {counted(len(self.leaves), 'leaf')})"
 
     def joined(self, other: "Fingerprint") -> "Fingerprint":
         """What two that do not differ tell together."""
@@ -158,9 +158,9 @@ class LowRank(Adapter):
         n = len(self.batch)
         for name, x, ndim in (("a", self.a, n + len(self.inputs) + 1), ("b", self.b, n + 1 + len(self.outputs))):
             if len(getattr(x, "shape", ())) != ndim:
-                got = f"{x.ndim} axes" if hasattr(x, "ndim") else type(x).__name__
+                got = counted(x.ndim, "axis") if hasattr(x, "ndim") else type(x).__name__
                 raise ValueError(
-                    f"The factor {name} of an adapter must have {ndim} axes.\n  got: {got}\n"
+                    f"The factor {name} of an adapter must have {counted(ndim, 'axis')}.\n  got: {got}\n"
                     "  Several adapters in one tree go through vmap: jax.vmap(apply, (None, 0, None))(params, stacked, x)."
                 )
         sizes = dict(zip((*self.batch, *self.inputs), self.a.shape[:-1], strict=True))

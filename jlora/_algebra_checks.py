@@ -13,7 +13,7 @@ from jlora import _paths
 from jlora._adapters import Adapter, FullWeight, LowRank
 from jlora._advice import Advised
 from jlora._init import as_key
-from jlora._text import shown
+from jlora._text import counted, shown
 from jlora._wrap import check_base, check_lora
 
 Lora = Mapping[str, Adapter]
@@ -45,7 +45,7 @@ def several(loras: Any, weights: Any) -> tuple[list[Lora], list[Any]]:
     weights = [1.0] * len(loras) if weights is None else list(weights)
     if len(weights) != len(loras):
         raise ValueError(
-            f"There must be one weight for each adapter.\n  got: {len(weights)} weights, {len(loras)} adapters"
+            f"There must be one weight for each adapter.\n  got: {counted(len(weights), 'weight')}, {counted(len(loras), 'adapter')}"
         )
     for w in weights:
         if not _is_number(w):

@@ -15,8 +15,9 @@ from jlora import _cli_base, _files, algebra
 from jlora._adapters import LowRank
 from jlora._cli_adapters import Writing
 from jlora._cli_options import Adapter, Base, Debug, Dropout, Dtype, Force, Json, Out, Ranks, Seed, command
-from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, several, shape
+from jlora._cli_show import Refusal, Screen, dash, number, percent, progress, shape
 from jlora._cli_show import rank as rank_cell
+from jlora._text import counted
 
 
 @command("jlora info adapter", "jlora info adapter --json | jq '.sites[] | {path, rank, effective_rank}'")
@@ -53,11 +54,11 @@ def info(adapter: Adapter, json: Json = False, debug: Debug = False) -> None:
         ],
         right=(3, 4, 5, 6, 7),
     )
-    screen.note(f"{several(len(sites), 'weight')}, {several(total, 'parameter')}; {found.format} ({found.version})")
+    screen.note(f"{counted(len(sites), 'weight')}, {counted(total, 'parameter')}; {found.format} ({found.version})")
     name = base["name"] or "not named"
     screen.note(
         f"base: {_files.shown(name)}"
-        + (f", {base['leaves']} leaves, {base['fingerprint'][:12]}" if "leaves" in base else "")
+        + (f", {counted(base['leaves'], 'leaf')}, {base['fingerprint'][:12]}" if "leaves" in base else "")
     )
     for key, value in found.about.items():
         if key not in adapters.ABOUT:
@@ -141,7 +142,7 @@ def resize(
     ]
     rows = [(s["path"], str(s["before"]), rank_cell(s["rank"], s["rank_in_file"]), percent(s["energy"])) for s in sites]
     screen.table(("weight", "rank before", "rank", "energy kept"), rows, right=(1, 2, 3))
-    screen.note(f"{several(len(lora), 'weight')} written to {out} ({found.format})")
+    screen.note(f"{counted(len(lora), 'weight')} written to {out} ({found.format})")
     if found.format == "peft" and not rank_pattern and len({s["rank"] for s in sites}) > 1:
         most = max(s["rank"] for s in sites)
         screen.note(
@@ -215,7 +216,7 @@ def combine(
         for s in sites
     ]
     screen.table(("weight", "rank", "of"), rows, right=(1,))
-    screen.note(f"{several(len(sites), 'weight')} written to {out} ({found[0].format})")
+    screen.note(f"{counted(len(sites), 'weight')} written to {out} ({found[0].format})")
     document = {"out": str(out), "format": found[0].format, "method": method, "weights": numbers}
     screen.document({**document, "inputs": [str(x.path) for x in found], "sites": sites})
 
@@ -232,7 +233,7 @@ def _numbers(text: str | None, count: int) -> list[float]:
     if len(found) != count:
         order = "\n  The order is: jlora combine OUT ADAPTER ADAPTER..." if len(found) == count + 1 else ""
         raise Refusal(
-            f"There must be one weight for each adapter.\n  got: {len(found)} weights, {count} adapters{order}"
+            f"There must be one weight for each adapter.\n  got: {counted(len(found), 'weight')}, {counted(count, 'adapter')}{order}"
         )
     return found
 

@@ -23,9 +23,10 @@ from jlora._adapters import LowRank
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_options import Adapter, Conv1d, Debug, Dtype, Force, Json, Out, Ranks, Seed, command
 from jlora._cli_options import app as app
-from jlora._cli_show import Refusal, Screen, number, percent, progress, several, shape
+from jlora._cli_show import Refusal, Screen, number, percent, progress, shape
 from jlora._cli_show import rank as rank_cell
 from jlora._fold import Fold
+from jlora._text import counted
 
 
 @command(
@@ -119,7 +120,7 @@ def _show_merged(screen: Screen, out: Path, form: str, dtype: str | None, report
     screen.table(("merged", "lost in rounding"), rows, right=(1,))
     worst = max(report.lost.values(), default=0.0)
     screen.note(
-        f"{several(len(rows), 'weight')} merged into {out}; at most {percent(worst)} of an update lost in rounding"
+        f"{counted(len(rows), 'weight')} merged into {out}; at most {percent(worst)} of an update lost in rounding"
     )
     if worst > 0.01:
         screen.note("  --dtype float32 keeps it all; --rounding stochastic --seed 0 keeps it in the mean.")
@@ -242,9 +243,9 @@ def _show_extracted(
     screen.table(("weight", "shape", "rank", "energy kept", "norm"), rows, right=(2, 3, 4))
     squares = [s["norm"] ** 2 for s in sites]
     kept = sum(n * s["energy"] for n, s in zip(squares, sites, strict=True)) / sum(squares)
-    screen.note(f"{several(len(rows), 'weight')} written to {out} ({made.format}); {percent(kept)} of the energy kept")
+    screen.note(f"{counted(len(rows), 'weight')} written to {out} ({made.format}); {percent(kept)} of the energy kept")
     if found.same:
-        screen.note(f"{several(found.same, 'tensor')} did not change")
+        screen.note(f"{counted(found.same, 'tensor')} did not change")
     for what, reasons in (("kept whole", found.whole), ("ignored", found.ignored)):
         for name, why in reasons.items():
             screen.note(f"{what}: {_files.shown(name)}: {_files.shown(why, 500)}")

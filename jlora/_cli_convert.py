@@ -12,7 +12,8 @@ from jlora._advice import Advised
 from jlora._cli_adapters import Opened, Writing
 from jlora._cli_base import open_base, values_of
 from jlora._cli_options import Adapter, Debug, Dropout, Dtype, Force, Json, Out, Ranks, command
-from jlora._cli_show import Refusal, Screen, dash, several, shape
+from jlora._cli_show import Refusal, Screen, dash, shape
+from jlora._text import counted
 
 TELLS = (
     "--base tells the axes of matrices named kernel alone. What tells all: --like ADAPTER (jlora's own, for the same base), or in Python\n"
@@ -70,7 +71,7 @@ def convert(
         adapters.write(out, made, Writing(force, dtype))
     rows = [(path, shape(x.shape), dash(getattr(x, "rank", None))) for path, x in made.lora.items()]
     screen.table(("weight", "shape", "rank"), rows, right=(2,))
-    screen.note(f"{several(len(rows), 'weight')} written to {out} ({to})")
+    screen.note(f"{counted(len(rows), 'weight')} written to {out} ({to})")
     sites = [{"path": p, "shape": list(x.shape), "rank": getattr(x, "rank", None)} for p, x in made.lora.items()]
     document: dict[str, Any] = {"out": str(out), "format": to, "sites": sites}
     if to == "peft":

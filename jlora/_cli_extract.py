@@ -17,6 +17,7 @@ from jlora._cli_tables import Tables
 from jlora._cli_weights import Layout, Weights, load_checkpoint
 from jlora._init import of_site, whole_of_site
 from jlora._sites import Site
+from jlora._text import counted
 from jlora.peft import _by_name
 
 Reader = Callable[[], np.ndarray]
@@ -117,12 +118,8 @@ def _check_rest(rest: dict[str, str], unfit: list[Pair], wanted: str) -> None:
             "If the vocabulary was resized, resize the base's as well (in transformers: model.resize_token_embeddings(n),\n"
             "  model.save_pretrained(folder)), and extract from that."
         )
-    what = (
-        "tensors changed that get no factors"
-        if wanted == "error"
-        else "tensors changed that no adapter of the base can have"
-    )
-    raise Refusal(f"{len(refused)} {what}:\n{shown}{more}\n  " + "\n  ".join(hints))
+    what = "for which there are no factors" if wanted == "error" else "that no adapter of the base can have"
+    raise Refusal(f"{counted(len(refused), 'tensor')} changed {what}:\n{shown}{more}\n  " + "\n  ".join(hints))
 
 
 RESIZED = "in the tuned model"

@@ -402,8 +402,8 @@ def _change_config(file: Path, dtype: np.dtype | None, untied: bool) -> None:
 
 def merge_checkpoint(base: Path, adapter: Path, out: Path, fold: Fold, force: bool, begin: Any) -> Report:
     """Writes the merged parameters as an orbax checkpoint; the base is in memory, and of what is merged a leaf at a time."""
+    lora = jlora.load(adapter, load_checkpoint(base, values=False))  # a base that does not fit is not read
     params = load_checkpoint(base)
-    lora = jlora.load(adapter, params)
     with begin(len(jax.tree.leaves(params))) as step:
         write_merged(out, params, lora, fold, overwrite=force, progress=lambda name, done, total: step(name))
     whole = [path for path in lora if isinstance(lora[path], FullWeight)]

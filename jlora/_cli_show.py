@@ -195,8 +195,3 @@ def shape(sizes: Sequence[int]) -> str:
 def rank(own: int, in_file: int) -> str:
     """The rank of an update, and that which its factors are padded to, if it is another."""
     return str(own) if own == in_file else f"{own} ({in_file} in the file)"
-
-
-def several(count: int, one: str) -> str:
-    """``1 weight``, ``2 weights``."""
-    return f"{count:,} {one}{'' if count == 1 else 's'}"

@@ -1,7 +1,6 @@
 """Base models as the command line knows them: safetensors read and written tensor by tensor, and orbax checkpoints of parameters."""
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -177,24 +176,19 @@ def _types(config: Any) -> Iterator[str]:
 
 def load_checkpoint(path: Path, *, values: bool = True) -> Any:
     """The parameters of an orbax checkpoint, on the host; or only their shapes."""
-    import orbax.checkpoint as ocp
+    from jlora._restore import TREE, Checkpoint  # here: of models most are safetensors
 
-    local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if not (_folders.standing(path) / TREE).exists():
+        inside = sorted(p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/{TREE}"))
+        more = "".join(f"\n  There is one inside: {p}." for p in inside[:5])
+        raise Refusal(f"The checkpoint at {path} holds no tree of parameters.{more}")
+    device = jax.local_devices()[0]
 
-    def target(x: Any) -> Any:
-        if getattr(x, "shape", None) is None or getattr(x, "dtype", None) is None:
-            raise Refusal(
-                f"The checkpoint at {path} holds {type(x).__name__} beside arrays: it is no tree of parameters."
-            )
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=local)
+    def load(path: Path) -> Any:
+        found = Checkpoint(path)
+        return found.read(lambda x: jax.device_put(x, device)) if values else found.shapes
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = checkpointer.metadata(path)
-            tree = getattr(found.item_metadata, "tree", None)
-            if not tree:
-                raise Refusal(f"The checkpoint at {path} holds no tree of parameters.")
-            shapes = jax.tree.map(target, tree)
-            return checkpointer.restore(path, shapes) if values else shapes
-    except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+        return _folders.steady(path, load)
+    except OSError as error:
         raise Refusal(f"The checkpoint at {path} cannot be read: {type(error).__name__} {error}.") from error

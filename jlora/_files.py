@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora._text import check_text
+from jlora._text import check_text, counted
 from jlora._text import shown as shown
 
 MAX_HEADER = 32 * 2**20
@@ -219,7 +219,9 @@ class Safetensors:
 def _header(file: Path, f: BinaryIO, size: int, dtypes: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     length = int.from_bytes(f.read(8), "little")
     if size < 8 or length > size - 8:
-        raise ValueError(f"{file} is no safetensors file, or was cut: {size} bytes cannot hold a header of {length:,}.")
+        raise ValueError(
+            f"{file} is no safetensors file, or was cut: {counted(size, 'byte')} cannot hold a header of {length:,}."
+        )
     if length > MAX_HEADER:
         raise ValueError(f"The header of {file} has {length:,} bytes; at most {MAX_HEADER:,} are read.")
     raw = f.read(length)
@@ -233,7 +235,7 @@ def _header(file: Path, f: BinaryIO, size: int, dtypes: Collection[str]) -> tupl
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The header of {file} is damaged: {type(error).__name__} {str(error)[:200]}.") from None
     if not 0 < len(entries) <= MAX_TENSORS:
-        raise ValueError(f"{file} holds {len(entries):,} tensors; 1 to {MAX_TENSORS:,} are read.")
+        raise ValueError(f"{file} holds {counted(len(entries), 'tensor')}; 1 to {MAX_TENSORS:,} are read.")
     for name, entry in entries.items():
         check_text(name)
         _check_entry(file, name, dtypes, *entry)
@@ -246,7 +248,9 @@ def _header(file: Path, f: BinaryIO, size: int, dtypes: Collection[str]) -> tupl
             )
         end = stop
     if end != size - begin:
-        raise ValueError(f"{file} was cut or added to: its tensors take {end:,} bytes, there are {size - begin:,}.")
+        raise ValueError(
+            f"{file} was cut or added to: its tensors take {counted(end, 'byte')}, there are {size - begin:,}."
+        )
     tensors = {
         name: Tensor(dtype, shape, begin + start, stop - start)
         for name, (dtype, shape, (start, stop)) in sorted(entries.items())

@@ -193,17 +193,18 @@ def check_free(path: Path, *, overwrite: bool, marks: Sequence[str], what: str) 
 
 _SUMS = re.escape(_checksums.FILE)
 _MODEL = rf"{_SUMS}|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-_CHECKPOINT = (
+CHECKPOINT = re.compile(
     r"_(CHECKPOINT_)?METADATA|_sharding|_strings\.json|array_metadatas|commit_success\.txt|d|descriptor|"
     r"manifest\.ocdbt|ocdbt\.process_\d+"
 )
+"""What orbax calls the files and folders of a checkpoint."""
 _WITH: Mapping[str, str] = {
     "adapter_config.json": rf"{_SUMS}|adapter_config\.json|adapter_model\.(safetensors|bin)",
     "model.safetensors": _MODEL,
     "model.safetensors.index.json": _MODEL,
     "adapter.json": r"adapter\.json|arrays-[0-9a-f]{12}",
-    "_METADATA": _CHECKPOINT,
-    "_CHECKPOINT_METADATA": _CHECKPOINT,
+    "_METADATA": CHECKPOINT.pattern,
+    "_CHECKPOINT_METADATA": CHECKPOINT.pattern,
 }
 """By the mark of a folder, what belongs to it: if it stayed when the mark is overwritten, it would be read along, or be of no use."""
 

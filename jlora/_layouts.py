@@ -15,7 +15,7 @@ from jlora._adapters import FullWeight, LowRank
 from jlora._advice import Advised
 from jlora._names import Place, Weight
 from jlora._sites import Site
-from jlora._text import shown
+from jlora._text import counted, shown
 
 Layer = Literal["linear", "embedding", "conv", "parameter"]
 
@@ -196,7 +196,7 @@ def rotated(x: np.ndarray, axes: Sequence[int], heads: int | None, *, back: bool
     sizes, rest = y.shape[: len(axes)], y.shape[len(axes) :]
     if prod(sizes) % (2 * heads):
         raise Advised(
-            f"{prod(sizes)} rows are no {heads} heads of rotary pairs.",
+            f"{counted(prod(sizes), 'row')} cannot be {counted(heads, 'head')} of rotary pairs.",
             "Correct Weight(rotary_heads=...).",
             "names",
             {"...": {"name": "...", "rotary_heads": "..."}},

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from jlora import _paths
 from jlora._advice import Advised
-from jlora._text import shown
+from jlora._text import counted, shown
 
 _STACKS = re.compile(r"layers?|blocks?|h")
 _NUMBERED = re.compile(r"(?<![^/])(layers?|blocks?|h|experts?)_(\d+)(?![^/])")
@@ -235,7 +235,8 @@ def _expand(leaf: Leaf, weight: Weight, first: bool) -> Iterable[Place]:
     sizes = leaf.batch if leaf.batch is not None else leaf.shape[:holes]
     if holes > len(sizes):
         raise ValueError(
-            f"The name '{shown(weight.name)}' has {holes} indices, but '{shown(leaf.path)}' {leaf.shape} has {len(sizes)} batch axes."
+            f"The name '{shown(weight.name)}' has {counted(holes, 'index')}, but "
+            f"'{shown(leaf.path)}' {leaf.shape} has {counted(len(sizes), 'batch axis')}."
         )
     for index in itertools.product(*map(range, sizes[:holes])):
         name = weight.name

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from jlora._text import counted
+
 MANIFEST = "manifest.ocdbt"
 _MANIFEST, _NODE = 0x0CDB3A2A, 0x0CDB20DE  # how each begins
 _BLOCK, _WINDOW = 2**17, 2**23  # zstd's largest block, and the largest window that a reader has to have
-_LONGEST_KEY = 512
+LONGEST_KEY = 512
 _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -130,14 +132,15 @@ class Store:
         folder: The folder of the checkpoint.
         sizes: Its files that were checked, and their sizes: no others are read.
         budget: How many bytes all nodes may have, unpacked.
+        longest: How many letters a key may have.
 
     Attributes:
         values: By key its value, or where it lies.
     """
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int], budget: int):
-        self._folder, self._sizes, self._left = folder, sizes, budget
-        self._keys_left = budget // 64
+    def __init__(self, folder: Path, sizes: Mapping[str, int], budget: int, longest: int = LONGEST_KEY):
+        self._folder, self._sizes, self._left, self._longest = folder, sizes, budget, longest
+        self._keys_left, self._letters_left = budget // 64, LONGEST_KEY * budget // 64
         self.values: dict[str, bytes | Piece] = {}
         if MANIFEST not in sizes:
             raise Damaged(f"there is no {MANIFEST}, which jlora.save writes")
@@ -149,6 +152,12 @@ class Store:
             met.add(piece)
             nodes += self._node(piece, height, prefix, base)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
     def __getitem__(self, key: str) -> bytes:
         value = self.values[key]
         return value if isinstance(value, bytes) else self._read(value)
@@ -159,19 +168,12 @@ class Store:
         return len(value) if isinstance(value, bytes) else value.length
 
     def _read(self, piece: Piece) -> bytes:
-        if piece.start + piece.length > self._sizes.get(piece.file, 0):
-            raise Damaged(f"a part of {piece.file} is not there")
-        with open(os.open(self._folder / piece.file, _READ), "rb") as f:
-            f.seek(piece.start)
-            found = f.read(piece.length)
-        if len(found) != piece.length:
-            raise Damaged(f"{piece.file} was cut while it was read")
-        return found
+        return read(self._folder, self._sizes, piece)
 
     def _body(self, piece: Piece, magic: int) -> "_Bytes":
         """What a node holds, unpacked; its size is taken from what is left of the budget."""
         if not 18 <= piece.length <= self._left:
-            raise Damaged(f"a node of {piece.file} has {piece.length:,} bytes")
+            raise Damaged(f"a node of {piece.file} has {counted(piece.length, 'byte')}")
         raw = self._read(piece)
         if struct.unpack(">I", raw[:4])[0] != magic or struct.unpack("<Q", raw[4:12])[0] != len(raw):
             raise Damaged(f"{piece.file} holds no node where there should be one")
@@ -232,8 +234,12 @@ class Store:
         keys, key = [], b""
         for start, length in zip(shared, lengths, strict=True):
             key = key[:start] + r.take(length)
-            if len(prefix) + len(key) > _LONGEST_KEY:
-                raise Damaged(f"a key has {len(prefix) + len(key):,} letters")
+            letters = len(prefix) + len(key)
+            self._letters_left -= letters
+            if letters > self._longest:
+                raise Damaged(f"a key has {letters:,} letters")
+            if self._letters_left < 0:
+                raise Damaged("its keys have more letters than fit a store of its size")
             keys.append(key)
         if not height:
             self._take_up([prefix + key for key in keys], files, r)
@@ -259,6 +265,18 @@ class Store:
                 self.values[name] = Piece(_one_of(files, i)[0], start, size)
             else:
                 self.values[name] = r.take(size)
+
+
+def read(folder: Path, sizes: Mapping[str, int], piece: Piece) -> bytes:
+    """Some bytes of a file of a folder, whose files have these sizes."""
+    if piece.start + piece.length > sizes.get(piece.file, 0):
+        raise Damaged(f"a part of {piece.file} is not there")
+    with open(os.open(folder / piece.file, _READ), "rb") as f:
+        f.seek(piece.start)
+        found = f.read(piece.length)
+    if len(found) != piece.length:
+        raise Damaged(f"{piece.file} was cut while it was read")
+    return found
 
 
 def _one_of(files: list[tuple[str, str]], i: int) -> tuple[str, str]:

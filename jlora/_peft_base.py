@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jlora import _files, _paths
+from jlora._text import counted
 from jlora.export import open_weights
 
 Shape = tuple[int, ...]
@@ -63,8 +64,8 @@ def check(folder: Path, wanted: Mapping[str, Wanted]) -> list[str]:
         read = f" (names were looked up {prefix})" if prefix != _Prefix() else ""
         more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise ValueError(
-            f"{len(wrong)} of the adapter's {len(wanted)} weights do not fit the base at {folder}{read}:\n  "
-            + "\n  ".join([*wrong[:8], *more])
+            f"{len(wrong)} of the adapter's {counted(len(wanted), 'weight')} {'does' if len(wrong) == 1 else 'do'} "
+            f"not fit the base at {folder}{read}:\n  " + "\n  ".join([*wrong[:8], *more])
         )
     return [prefix.back(name) for name in have]
 

@@ -13,6 +13,7 @@ from jlora import _files, _paths
 from jlora._peft_config import FILE, Config
 from jlora._peft_keys import FACTORS, Part, containing, path_of
 from jlora._peft_match import Ends
+from jlora._text import counted
 
 IN_PROJ, OUT_PROJ = "in_proj_weight", "out_proj"  # of nn.MultiheadAttention
 SAVES_BIASES = (0, 21, 2)  # from which PEFT saves those of bias="lora_only"; huggingface/peft#3306
@@ -82,7 +83,7 @@ class Declared:
         factors = sorted({part.module for part in self.parts.values() if part.role == "a" and not self.is_target(part)})
         if factors:
             _refuse(
-                f"The adapter has factors for {len(factors)} modules that its configuration leaves out",
+                f"The adapter has factors for {counted(len(factors), 'module')} that its configuration leaves out",
                 factors,
                 "PEFT does not apply them. If they belong to it, put their names into target_modules of "
                 f"{FILE} and see what exclude_modules, modules_to_save and layers_to_transform leave out.",
@@ -256,7 +257,7 @@ class Declared:
             missing += [name] if adapted and (base.exact or in_stack or _like(name) in like) else []
         if missing:
             raise ValueError(
-                f"The adapter lacks factors for {len(missing)} weights: {_listed(missing)}.\n"
+                f"The adapter lacks factors for {counted(len(missing), 'weight')}: {_listed(missing)}.\n"
                 "  The file was cut, or the base shares a weight that PEFT has twice (a tied head). Where the adapted model did not have\n"
                 f"  them: put their modules into exclude_modules of {FILE}."
             )

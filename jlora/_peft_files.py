@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jlora import _checksums, _files, _folders, _peft_config, _peft_spelling
 from jlora._peft_config import Config
 from jlora._peft_keys import TENSORS
+from jlora._text import counted
 
 MAX_KEY, MAX_DEPTH = 1000, 64  # letters in the name of a tensor, and parts between its dots
 
@@ -51,7 +52,8 @@ def _open_tensors(folder: Path, digest: str = "") -> _files.Safetensors:
     for key in tensors.header:
         if len(key) > MAX_KEY or key.count(".") >= MAX_DEPTH:
             raise ValueError(
-                f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {len(key):,} letters in {key.count('.') + 1:,} parts; "
+                f"{file} has a tensor '{_files.shown(key, 60)}' whose name has {counted(len(key), 'letter')} in "
+                f"{counted(key.count('.') + 1, 'part')}; "
                 f"no module is named like that, and at most {MAX_KEY:,} in {MAX_DEPTH} are read."
             )
     tensors.header = _peft_spelling.as_peft(file, tensors.header)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from jlora import _files
+from jlora._text import counted
 
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -141,7 +142,7 @@ def wrappers_of(parts: Iterable[Part]) -> dict[str, int]:
     for module, found in depths.items():
         if found != set(range(len(found))):
             raise ValueError(
-                f"The adapter is incomplete: '{_files.shown(module)}' has factors inside {max(found)} wrappers, "
+                f"The adapter is incomplete: '{_files.shown(module)}' has factors inside {counted(max(found), 'wrapper')}, "
                 f"of which only {len(found) - 1} have factors."
             )
     return {module: len(found) for module, found in depths.items()}

@@ -13,6 +13,7 @@ from jlora._peft_declared import IN_PROJ
 from jlora._peft_files import Files
 from jlora._peft_keys import ends, joined, parts_of
 from jlora._sites import Site, Sites
+from jlora._text import counted
 
 UNKNOWN = "the adapter replaces it"
 _CHANGED = {"tokens": "weight", "b_bias": "bias"}
@@ -96,7 +97,7 @@ def _site(
     name = f"{module}.{several[0]}" if len(several) == 1 else f"{module}.*"
     rank = config.rank_of(name)
     if x[0] % rank:
-        raise ValueError(f"'{_files.shown(key)}' has {x[0]} rows, which are no experts of rank {rank}.")
+        raise ValueError(f"'{_files.shown(key)}' has {counted(x[0], 'row')}, which cannot be experts of rank {rank}.")
     if x[0] == rank:
         return Site(name, (y[0], x[1]), dtype, "linear", (1,), (0,))
     return Site(name, (x[0] // rank, y[0], x[1]), dtype, "linear", (2,), (1,), (0,))

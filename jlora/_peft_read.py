@@ -32,7 +32,7 @@ from jlora._peft_keys import (
     wrappers_of,
 )
 from jlora._sites import Site, Sites
-from jlora._text import shown
+from jlora._text import counted, shown
 
 SHARED = "shared"  # of the encoder-decoders of transformers (T5, BART), which look up through modules of their own
 MAX_RANK = 1024  # or the larger side of the weight: more is no adapter
@@ -270,7 +270,8 @@ class Reader:
         if self.lost:
             near = _paths.nearest(self.parts[self.lost[0]].module, {n.rpartition(".")[0] for n in self.by_name}, 2)
             raise Advised(
-                f"{len(self.lost)} tensors of the adapter are for nothing in the base: {_listed(self.lost)}.\n"
+                f"{counted(len(self.lost), 'tensor')} of the adapter {'is' if len(self.lost) == 1 else 'are'} "
+                f"for nothing in the base: {_listed(self.lost)}.\n"
                 f"  nearest to the first: {', '.join(near)}{self.shifted()}",
                 "If the base has other names, pass names={path: name of the PyTorch parameter}.",
                 "names",

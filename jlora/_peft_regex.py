@@ -4,12 +4,14 @@ Python's ``re`` backtracks, and a pattern can make it take for ever. Here a patt
 the name letter by letter. Syntax and meaning are those of ``re``; only whether a name matches is asked, never which part of it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from jlora import _files
 
 MAX_STATES = 4000  # of one pattern: counts such as {9999} are written out
+MAX_LETTERS = 16 * MAX_STATES
 MAX_DEPTH = 40  # of groups in groups
 MAX_WORK = 20_000_000  # states visited, for all patterns of one file; what only reads letters counts less
 MAX_TABLE = 10_000  # moves that are remembered
@@ -19,6 +21,7 @@ Context = tuple[bool, ...]
 _CLASSES: dict[str, Test] = {"d": str.isdecimal, "s": str.isspace, "w": lambda c: c.isalnum() or c == "_"}
 _LETTERS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "0": "\0"}
 _PLACES = "^$AZbB"
+_COUNT = re.compile(r"\{(?=[0-9,])([0-9]*)(,?)([0-9]*)\}")
 
 
 class Unsupported(ValueError):
@@ -49,11 +52,14 @@ class Regex:
     """A pattern as ``re`` would compile it.
 
     Raises:
-        Unsupported: it has back-references, conditions, atomic groups, possessive counts or flags, or is too large.
+        Unsupported: it has back-references, conditions, atomic groups, possessive counts, flags or letters by number, or is too large.
         ValueError: it is no regular expression.
     """
 
     def __init__(self, pattern: str, budget: Budget):
+        if len(pattern) > MAX_LETTERS:
+            raise Unsupported(f"it has {len(pattern):,} letters; at most {MAX_LETTERS:,} are read")
+        budget.spend(len(pattern))
         self._automaton = _Automaton(_Parser(pattern).all(), False, budget)
 
     def full(self, text: str) -> bool:
@@ -105,6 +111,7 @@ class _Parser:
 
     def __init__(self, pattern: str):
         self.pattern, self.i, self.depth = pattern, 0, 0
+        self.names: set[str] = set()
 
     def all(self) -> _Node:
         found = self.either()
@@ -136,14 +143,20 @@ class _Parser:
             options.append(self.then())
         return options[0] if len(options) == 1 else _Either(options)
 
+    def ahead(self) -> str:
+        """The letter that comes next, after remarks; ``""`` at the end."""
+        while self.take("(?#"):
+            while (letter := self.letter()) != ")":
+                self.i += letter == "\\"
+        return self.pattern[self.i : self.i + 1]
+
     def then(self) -> _Node:
         parts: list[_Node] = []
-        while self.i < len(self.pattern) and self.pattern[self.i] not in "|)":
-            part = self.atom()
-            parts += [] if part is None else [self.repeated(part)]
+        while self.ahead() and self.ahead() not in "|)":
+            parts.append(self.repeated(self.atom()))
         return parts[0] if len(parts) == 1 else _Then(parts)
 
-    def atom(self) -> _Node | None:
+    def atom(self) -> _Node:
         c = self.letter()
         if c == "(":
             return self.group()
@@ -153,32 +166,39 @@ class _Parser:
             return _Letter(lambda x: x != "\n")
         if c in "^$":
             return _Place(c)
-        if c in "*+?":
+        if c in "*+?" or (c == "{" and self.is_count()):
             raise self.wrong(f"has nothing to repeat before '{c}'")
         return self.escape() if c == "\\" else _Letter(c.__eq__)
 
-    def group(self) -> _Node | None:
+    def group(self) -> _Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise self.lacking(f"more than {MAX_DEPTH} groups in groups")
         look = self.take(*_LOOKS)
-        if not look and self.take("?#"):
-            while self.letter() != ")":
-                pass
-            self.depth -= 1
-            return None
         if not look and self.take("?P<"):
-            while self.letter() != ">":
-                pass
+            self.name()
         elif not look and self.take("?") and not self.take(":"):
             raise self.lacking(f"the group '(?{_files.shown(self.pattern[self.i : self.i + 2])}', which is not read")
         inside = self.either()
         if not self.take(")"):
             raise self.wrong("has a '(' without its ')'")
         self.depth -= 1
+        if look.startswith("?<") and _width(inside) is None:
+            raise self.wrong("looks behind for what has no fixed length")
         return _Look(inside, *_LOOKS[look]) if look else _Then([inside])
 
+    def name(self) -> None:
+        """The name of a group, which nothing here asks for."""
+        begin = self.i
+        while self.letter() != ">":
+            pass
+        name = self.pattern[begin : self.i - 1]
+        if not name.isidentifier() or name in self.names:
+            raise self.wrong(f"has a group whose name '{_files.shown(name)}' is none, or another's")
+        self.names.add(name)
+
     def repeated(self, part: _Node) -> _Node:
+        self.ahead()
         counts = self.counts()
         if counts is None:
             return part
@@ -187,30 +207,32 @@ class _Parser:
         if self.take("+"):
             raise self.lacking("a possessive count")
         self.take("?")  # whether the shortest or the longest is tried first changes no answer
-        if self.pattern.startswith(("*", "+", "?"), self.i):
-            raise self.wrong("repeats what is repeated")
-        at = self.i
+        self.ahead()
         if self.counts() is not None:
             raise self.wrong("repeats what is repeated")
-        self.i = at
         return _Repeat(part, *counts)
+
+    def is_count(self) -> bool:
+        """Whether a count began with the letter before."""
+        at, self.i = self.i, self.i - 1
+        found = self.counts() is not None
+        self.i = at
+        return found
 
     def counts(self) -> tuple[int, int | None] | None:
         found = self.take("*", "+", "?")
         if found:
             return {"*": (0, None), "+": (1, None), "?": (0, 1)}[found]
-        end = self.pattern.find("}", self.i)
-        if not self.pattern.startswith("{", self.i) or end < 0:
+        match = _COUNT.match(self.pattern, self.i)
+        if match is None:
             return None
-        least, comma, most = self.pattern[self.i + 1 : end].partition(",")
-        if not all(x.isascii() and (x.isdecimal() or not x) for x in (least, most)) or not (least or comma):
-            return None
+        least, comma, most = match.groups()
         if max(len(least), len(most)) > 4:
             raise self.lacking("a count above 9999")
         low, high = int(least or 0), (int(most) if most else None) if comma else int(least)
         if high is not None and high < low:
             raise self.wrong("has a count whose most is below its least")
-        self.i = end + 1
+        self.i = match.end()
         return low, high
 
     def escape(self) -> _Node:
@@ -259,6 +281,23 @@ class _Parser:
             return "\b", "\b".__eq__
         test = self.escaped(c)
         return "" if c.lower() in _CLASSES else _LETTERS.get(c, c), test
+
+
+def _width(node: _Node) -> int | None:
+    """How many letters a node reads, ``None`` if that differs."""
+    match node:
+        case _Letter():
+            return 1
+        case _Then(parts):
+            widths = [_width(part) for part in parts]
+            return None if None in widths else sum(x for x in widths if x is not None)
+        case _Either(parts):
+            first, *others = {_width(part) for part in parts}
+            return None if others else first
+        case _Repeat(part, least, most):
+            width = _width(part)
+            return 0 if width == 0 or most == 0 else width * least if width is not None and least == most else None
+    return 0
 
 
 # --- Matching ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora import _paths
 from jlora._sites import Site, Sites
-from jlora._text import shown
+from jlora._text import counted, shown
 
 Targets = str | Callable[[Site], bool] | Sequence[str | Callable[[Site], bool]]
 InitA = Literal["uniform", "normal"] | Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -153,7 +153,7 @@ def _matches(rule: Rule, target: Any, sites: Sites) -> list[Site]:
         found = [site for site in pool if target(site)]
         if not found:
             raise ValueError(
-                f"The predicate {getattr(target, '__qualname__', target)!r} of {_name(rule)} accepts none of {len(pool)} leaves."
+                f"The predicate {getattr(target, '__qualname__', target)!r} of {_name(rule)} accepts none of {counted(len(pool), 'leaf')}."
             )
     elif target == ALL_LINEAR:
         found = [site for site in sites.values() if ("linear" in site.kind or "conv" in site.kind) and not site.head]

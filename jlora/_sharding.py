@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import _paths
 from jlora._adapters import Adapter, is_adapter
-from jlora._text import shown
+from jlora._text import counted, shown
 
 # Flax keeps an array that has metadata in a box; its contents have this key below the path of the box.
 _BOXED = "/value"
@@ -163,7 +163,7 @@ def _of(path: str, adapter: Adapter, sharding: Any) -> Any:
         return jax.tree.map(lambda _: sharding, adapter)
     shape = {p: s for p, s, _ in adapter.base.leaves}.get(path) or adapter.shape
     if len(spec) > len(shape):
-        raise ValueError(f"The spec {spec} of '{shown(path)}' is longer than its {len(shape)} axes.")
+        raise ValueError(f"The spec {spec} of '{shown(path)}' is longer than its {counted(len(shape), 'axis')}.")
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
 
     def on(spec: PartitionSpec) -> Any:

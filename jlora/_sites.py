@@ -14,7 +14,7 @@ from jlora._adapters import Fingerprint, fingerprint
 from jlora._discover import Finder
 from jlora._seen import Record, SiteUse, Value, leaf, union
 from jlora._table import table
-from jlora._text import shown
+from jlora._text import counted, shown
 from jlora._trace import check_function, shapes_of, trace_call
 
 
@@ -123,7 +123,7 @@ class Sites(Mapping[str, Site]):
         ]
         total = sum(s.size for s in self.values())
         text = table(("path", "shape", "use", "inputs", "outputs", "batch", "parameters"), rows, right=(6,))
-        text += f"\n{len(self)} {'weight' if len(self) == 1 else 'weights'} can be adapted, {total:,} parameters."
+        text += f"\n{counted(len(self), 'weight')} can be adapted, {counted(total, 'parameter')}."
         if self.skipped:
             # What looks like a weight first: biases and gains are many, and nobody misses them.
             ordered = sorted(self.skipped.values(), key=lambda s: (-min(sum(n > 1 for n in s.shape), 2), s.path))

@@ -5,12 +5,10 @@ regular one that the description lists, and each chunk is unpacked only if it fi
 """
 
 import hashlib
-import itertools
-import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import _files
-from jlora._ocdbt import Damaged, Store, frame_of
+from jlora._ocdbt import Damaged, Store
+from jlora._text import counted
+from jlora._zarr import MAX_SAID, Form, form_of, said_at
 
 MAX_BYTES = 2**42
 """Of all arrays of an adapter together."""
@@ -60,7 +60,7 @@ class Arrays:
             self._store = Store(folder, {name: size for name, (size, _) in files.items()}, budget)
         except Damaged as error:
             raise self._damaged(error) from None
-        self._chunks = {name: self._chunk(name, x) for name, x in expected.items()}
+        self._forms = {name: self._form(name, x) for name, x in expected.items()}
         self._check_keys()
 
     def read(self, name: str, sharding: Any, what: str) -> jax.Array:
@@ -81,64 +81,32 @@ class Arrays:
         return jax.make_array_from_callback(like.shape, sharding, part)
 
     def _part(self, name: str, index: Sequence[slice]) -> np.ndarray:
-        import tensorstore as ts  # here, so that `import jlora` stays quick
-
-        like, chunk = self._expected[name], self._chunks[name]
-        ranges = [s.indices(n)[:2] for s, n in zip(index, like.shape, strict=True)]
-        context = ts.Context()
-        memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
-        memory[".zarray"] = json.dumps(_metadata(like, chunk)).encode()
-        size = prod(chunk) * like.dtype.itemsize
+        form = self._forms[name]
+        ranges = [s.indices(n)[:2] for s, n in zip(index, form.shape, strict=True)]
         try:
-            for place in itertools.product(
-                *(range(start // n, ceil(stop / n)) for (start, stop), n in zip(ranges, chunk, strict=True))
-            ):
-                raw = self._store[f"{name}/{_key(place)}"]
-                frame = frame_of(raw, 4 * size + 2**17)
-                if frame.content != size:
-                    raise Damaged(f"a chunk of {name} has {frame.content} bytes, not {size:,}")
-                memory[_key(place)] = raw
-            array = ts.open({"driver": "zarr", "kvstore": "memory://"}, context=context, open=True).result()
-            found = array[tuple(slice(*x) for x in ranges)].read().result() if ranges else array.read().result()
+            return form.read(lambda key: self._store[f"{name}/{key}"], name, ranges)
         except Damaged as error:
             raise self._damaged(error) from None
-        except ValueError as error:
-            raise self._damaged(f"{name} cannot be unpacked ({error})") from None
-        return np.asarray(found)
 
-    def _chunk(self, name: str, like: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-        """The shape of the chunks of an array; raises unless all else that is said of it is what was expected."""
-        key = f"{name}/.zarray"
+    def _form(self, name: str, like: jax.ShapeDtypeStruct) -> Form:
+        """How an array is stored; raises unless all else that is said of it is what was expected."""
+        key = f"{name}/{said_at(2)}"
         if key not in self._store.values:
             raise self._unfit(f"{name} is missing")
-        if self._store.size(key) > 2**14:
+        if self._store.size(key) > MAX_SAID:
             raise self._unfit(f"{name} is described by {self._store.size(key):,} bytes")
-        try:
-            found = json.loads(self._store[key])
-            chunk = found["chunks"]
-            ok = len(chunk) == len(like.shape)
-            ok = ok and all(
-                type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunk, like.shape, strict=True)
-            )
-            ok = ok and found.get("compressor") == {"id": "zstd", "level": found["compressor"]["level"]}
-            ok = ok and {**found, "compressor": None} == {**_metadata(like, chunk), "compressor": None}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            ok = False
-        if not ok:
+        form = form_of(self._store[key], 2)
+        if form is None or form != Form(like.shape, np.dtype(like.dtype), form.chunk):
             said = _files.shown(self._store[key].decode("latin-1"), 300)
             raise self._unfit(f"{name} should be {like.shape} {like.dtype}, in a way that orbax writes\n  got: {said}")
-        return tuple(chunk)
+        return form
 
     def _check_keys(self) -> None:
         """Raises unless the store has all chunks of what is expected, and nothing else."""
-        grids = {
-            n: [ceil(d / c) for d, c in zip(x.shape, self._chunks[n], strict=True)] for n, x in self._expected.items()
-        }
-        count = sum(map(prod, grids.values())) + len(grids)
+        count = sum(1 + prod(form.grid) for form in self._forms.values())
         if count > len(self._store.values):
-            raise self._unfit(f"they have {len(self._store.values):,} parts, not {count:,}")
-        keys = {f"{n}/{_key(place)}" for n, grid in grids.items() for place in itertools.product(*map(range, grid))}
-        keys |= {f"{n}/.zarray" for n in grids}
+            raise self._unfit(f"they have {counted(len(self._store.values), 'part')}, not {count:,}")
+        keys = {f"{name}/{key}" for name, form in self._forms.items() for key in (said_at(2), *form.chunks())}
         other = sorted(keys ^ set(self._store.values))
         if other:
             what = "is missing" if other[0] in keys else "is not described"
@@ -169,7 +137,7 @@ def check_files(folder: Path, files: Mapping[str, Any], limit: int) -> None:
         if name not in sizes:
             raise ValueError(f"{where}{_files.shown(name)} is missing.")
         if sizes[name] != size:
-            raise ValueError(f"{where}{_files.shown(name)} has {sizes[name]} bytes, not {size}.")
+            raise ValueError(f"{where}{_files.shown(name)} has {counted(sizes[name], 'byte')}, not {size:,}.")
     if sum(sizes.values()) > limit:
         raise ValueError(
             f"The files in {folder} have {sum(sizes.values()):,} bytes; for the arrays that are described at most {limit:,} are read."
@@ -209,26 +177,7 @@ def check_plain(file: Path, about: os.stat_result) -> None:
     if stat.S_ISLNK(about.st_mode):
         raise ValueError(
             f"{_files.shown(file, 500)} is a symbolic link: what lies elsewhere is not read.\n"
-            "  If the adapter is your own, copy it with what its links lead to: cp -rL FOLDER COPY."
+            "  If the folder is your own, copy it with what its links lead to: cp -rL FOLDER COPY."
         )
     if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):
         raise ValueError(f"{_files.shown(file, 500)} is not a regular file.")
-
-
-def _key(place: Sequence[int]) -> str:
-    return ".".join(map(str, place)) or "0"
-
-
-def _metadata(like: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> dict[str, Any]:
-    """What orbax says of an array, as zarr has it."""
-    return {
-        "zarr_format": 2,
-        "shape": list(like.shape),
-        "chunks": list(chunk),
-        "dtype": like.dtype.name if like.dtype.kind == "V" else like.dtype.str,
-        "compressor": {"id": "zstd", "level": 1},
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "dimension_separator": ".",
-    }

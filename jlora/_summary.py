@@ -11,7 +11,7 @@ from jlora import _paths
 from jlora._adapters import Adapter, LowRank
 from jlora._sharding import Split, names_of, splits
 from jlora._table import table
-from jlora._text import shown
+from jlora._text import counted, shown
 from jlora._wrap import check_base, check_lora
 
 
@@ -53,8 +53,7 @@ def summary(params: Any, lora: Mapping[str, Adapter]) -> str:
         header = (*header, "split over")
         rows = [(*row, _spelled(split[row[0]])) for row in rows]
     count = sum(trained.values())
-    noun = "leaf" if len(rows) == 1 else "leaves"
-    last = f"{len(rows)} {noun}, {count:,} trained of {total:,} parameters ({count / total:.3%})."
+    last = f"{counted(len(rows), 'leaf')}, {count:,} trained of {counted(total, 'parameter')} ({count / total:.3%})."
     return "\n".join([table(header, rows, right=(2, 3, 4)), last, *_whole(split)])
 
 

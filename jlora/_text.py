@@ -5,11 +5,21 @@ What is data keeps its own spelling. Only what is shown, in a message or a table
 
 from typing import Any
 
+_PLURALS = {"leaf": "leaves", "axis": "axes", "index": "indices"}
+
 
 def shown(x: Any, limit: int = 200) -> str:
     """``x`` for a message or a table: on one line, short, and with nothing in it that a terminal obeys or hides."""
     text = str(x)
     return _escaped(text) if len(text) <= limit else _escaped(text[:limit]) + "…"
+
+
+def counted(count: int, one: str) -> str:
+    """``1 weight``, ``2 weights``, ``2 axes``, ``0 leaves``."""
+    if count == 1:
+        return f"1 {one}"
+    many = next((one.removesuffix(end) + ends for end, ends in _PLURALS.items() if one.endswith(end)), f"{one}s")
+    return f"{count:,} {many}"
 
 
 def printable(text: str) -> str:

@@ -19,6 +19,7 @@ from jlora._algebra_checks import check, check_method, check_share, several, val
 from jlora._compare import Comparison as Comparison
 from jlora._rules import Rule, assign
 from jlora._sites import Sites
+from jlora._text import counted
 
 Lora = Mapping[str, Adapter]
 
@@ -81,7 +82,7 @@ def extract(
     uncovered = [path for path in pairs if path in changed and path not in chosen]
     if uncovered and rest == "error":
         raise ValueError(
-            f"{len(uncovered)} leaves differ that no rule covers: {_paths.listing(uncovered)}.\n"
+            f"No rule covers {counted(len(uncovered), 'leaf')} that changed: {_paths.listing(uncovered)}.\n"
             "  Add a rule for them (Full takes any leaf), or leave them out with rest='ignore'."
         )
     if not changed & set(chosen):

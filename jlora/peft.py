@@ -29,7 +29,7 @@ from jlora._peft_write import save as save
 from jlora._rules import Only
 from jlora._sharding import followed
 from jlora._sites import Site, Sites
-from jlora._text import shown
+from jlora._text import counted, shown
 
 __all__ = ["Weight", "default_name", "load", "read", "save"]
 
@@ -340,7 +340,8 @@ def _with_rows(reader: Reader, key: str, module: str, place: Place) -> np.ndarra
     rows = _files.floats(reader.read(key))
     if rows.shape != (len(ids), *table.shape[1:]) or max(ids, default=0) >= len(table):
         raise ValueError(
-            f"'{_files.shown(key)}' has shape {rows.shape}, for {len(ids)} trained tokens of '{shown(place.path)}' {table.shape}."
+            f"'{_files.shown(key)}' has shape {rows.shape}, "
+            f"for {counted(len(ids), 'trained token')} of '{shown(place.path)}' {table.shape}."
         )
     table[list(ids)] = rows
     return table

@@ -191,7 +191,7 @@ def test_what_combine_refuses():
         r"'dare' needs a density": {"method": "dare", "key": key},
         r"Rank 12 is above 11, the smaller side of 'w'": {"method": "ties", "density": 0.5, "rank": 12},
         r"Rank 13 is above 11, the smaller side of 'w'": {"method": "svd", "rank": 13},
-        r"one weight for each adapter.\n  got: 1 weights, 2 adapters": {"weights": [1.0]},
+        r"one weight for each adapter.\n  got: 1 weight, 2 adapters": {"weights": [1.0]},
         r"A weight must be one finite number.\n  got: nan": {"weights": [1.0, float("nan")]},
         r"A weight must be one finite number.\n  got: 'a'": {"weights": [1.0, "a"]},
         r"A weight must be one finite number.\n  got: Array": {"weights": [1.0, jnp.ones(2)]},

@@ -80,11 +80,11 @@ def test_extract_copies_leaves_trained_outright_and_refuses_to_lose_others():
     assert_all_can_train(at_once(grads_of, {"down": lora["down"]}))
     x = jnp.linspace(-1, 1, 10).reshape(2, 5)
     np.testing.assert_allclose(at_once(jlora.wrap(model), PARAMS, lora, x), at_once(model, tuned, x), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"1 leaves differ that no rule covers: bias\.\n  Add a rule.*rest='ignore'"):
+    with pytest.raises(ValueError, match=r"No rule covers 1 leaf that changed: bias\.\n  Add a rule.*rest='ignore'"):
         algebra.extract(PARAMS, tuned, SITES, UP)
     assert list(algebra.extract(PARAMS, tuned, SITES, UP, rest="ignore")) == ["up"]
     for path, value in (("step", jnp.int32(3)), ("key", jax.random.key(1))):
-        with pytest.raises(ValueError, match=f"no rule covers: {path}"):
+        with pytest.raises(ValueError, match=f"No rule covers 1 leaf that changed: {path}"):
             algebra.extract(PARAMS, {**tuned, "bias": PARAMS["bias"], path: value}, SITES, UP)
 
 

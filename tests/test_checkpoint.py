@@ -290,7 +290,7 @@ def test_a_file_of_another_size_is_not_read(folder, monkeypatch):
     file = next(p for p in sorted(arrays.rglob("*")) if p.is_file())
     os.truncate(file, 2**32)
     monkeypatch.setattr(hashlib, "file_digest", None)
-    with pytest.raises(ValueError, match=rf"is damaged: the file .*{file.name} has 4294967296 bytes, not \d+"):
+    with pytest.raises(ValueError, match=rf"is damaged: the file .*{file.name} has 4,294,967,296 bytes, not \d+"):
         jlora.load(folder)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 import jlora
+from jlora._text import counted
 
 
 def net(params, x):
@@ -463,3 +464,33 @@ def test_a_pattern_matches_paths_with_newlines():
     sites = jlora.sites(lambda p, x: x @ p["a\nb"] @ p["c"], params, X)
     assert set(jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets=".*"))) == {"a\nb", "c"}
     assert set(jlora.init(KEY, params, sites, jlora.LoRA(rank=2, targets="a.b"))) == {"a\nb"}
+
+
+@pytest.mark.parametrize(
+    ("count", "one", "wanted"),
+    [
+        (1, "weight", "1 weight"),
+        (0, "module", "0 modules"),
+        (2000, "tensor", "2,000 tensors"),
+        (1, "leaf", "1 leaf"),
+        (3, "leaf", "3 leaves"),
+        (1, "batch axis", "1 batch axis"),
+        (2, "batch axis", "2 batch axes"),
+        (2, "index", "2 indices"),
+    ],
+)
+def test_counts_in_messages(count, one, wanted):
+    assert counted(count, one) == wanted
+
+
+def test_messages_about_one_thing():
+    params = {"w": jnp.ones((3, 5))}
+    found = jlora.sites(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))
+    assert str(found).endswith("1 weight can be adapted, 15 parameters.")
+    lora = jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=1, targets="w"))
+    assert "1 leaf, 8 trained of 15 parameters" in jlora.summary(params, lora)
+    assert repr(lora["w"].base).endswith(", 1 leaf)")
+    with pytest.raises(ValueError, match="accepts none of 1 leaf"):
+        jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=1, targets=lambda site: False))
+    with pytest.raises(ValueError, match="got: 1 weight, 2 adapters"):
+        jlora.algebra.combine([lora, lora], [1.0])

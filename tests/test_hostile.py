@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import jlora
 import jlora.peft
-from jlora import _files, _peft_match, _peft_regex
+from jlora import _files, _peft_match
 
 PARAMS = {"up": {"kernel": jnp.ones((3, 5))}, "down": {"kernel": jnp.ones((5, 7))}}
 SITES = jlora.sites(lambda p, x: jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"], PARAMS, jnp.ones((2, 3)))
@@ -218,36 +218,6 @@ def test_a_pattern_that_would_take_for_ever(field, pattern, tmp_path):
     with contextlib.suppress(ValueError):
         jlora.peft.load(tmp_path / "a", SITES)
     assert time.monotonic() - begin < 60
-
-
-def test_patterns_that_take_too_much():
-    with pytest.raises(ValueError, match="take more than 20,000,000 steps to match with its modules"):
-        _peft_regex.Regex("(.*.*){900}x", _peft_regex.Budget(2000)).full("up")
-    with pytest.raises(ValueError, match="alpha_pattern has 2,000 regular expressions; at most 1,024 are read"):
-        _peft_match.Patterns("alpha_pattern", {f"(.*)x{i}": 3.0 for i in range(2000)})
-
-
-ATOM = st.sampled_from(
-    ["a", "b", r"\.", ".", "[ab]", "[^a.]", r"\w", r"\d", "^", "$", r"\b", "(?=a)", "(?!b)", r"(?<=\.)", "(?<!a)"]
-)
-REGEX = st.recursive(
-    st.lists(ATOM, max_size=3).map("".join),
-    lambda inner: st.one_of(
-        st.builds("({}){}".format, inner, st.sampled_from(["", "*", "+?", "?", "{2}", "{1,3}", "{,2}"])),
-        st.builds("{}|{}".format, inner, inner),
-        st.builds("{}{}".format, inner, inner),
-        st.builds("(?!{}){}".format, inner, inner),
-    ),
-    max_leaves=5,
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(pattern=REGEX, name=st.text("ab.0", min_size=1, max_size=5))
-def test_regular_expressions_match_what_pythons_do(pattern, name):
-    found = _peft_regex.Regex(pattern, _peft_regex.Budget())
-    assert found.full(name) == bool(re.fullmatch(pattern, name))
-    assert found.start(name) == bool(re.match(pattern, name))
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

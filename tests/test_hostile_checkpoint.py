@@ -169,7 +169,7 @@ BOMBS = {
     ),
     "chunk of another size": (
         lambda f: store(f, ocdbt.leaf(values(**{CHUNK: ocdbt.bomb(2**17, 2**17)}))),
-        "a chunk of 00002.a has 131072 bytes, not 24",
+        "a chunk of 00002.a has 131,072 bytes, not 24",
     ),
     "chunk of chunks": (
         lambda f: store(f, ocdbt.leaf(values(**{"00002.a/.zarray": zarray((3, 2), chunks=[2**14, 2**14])}))),

@@ -30,7 +30,7 @@ def test_a_base_that_has_every_weight(prefix, shards, tmp_path):
     [
         (
             {"net.h.0.up.weight": zeros(5, 3), "net.h.0.dwon.weight": zeros(7, 5), "net.h.0.down.bias": zeros(7)},
-            r"1 of the adapter's 3 weights do not fit the base at .*base:\n"
+            r"1 of the adapter's 3 weights does not fit the base at .*base:\n"
             r"  net.h.0.down.weight is not there; nearest: net.h.0.dwon.weight",
         ),
         (

@@ -17,11 +17,11 @@ GONE = {f"{M}down.lora_{c}.weight": None for c in "AB"}
 
 
 MISSING = [
-    ({}, GONE, r"lacks factors for 1 weights: down.weight"),
-    ({"target_modules": "(up|down)"}, GONE, r"lacks factors for 1 weights: down.weight"),
-    ({"exclude_modules": ["up"]}, {}, "factors for 1 modules that its configuration leaves out: up"),
-    ({"exclude_modules": "u.*"}, {}, "factors for 1 modules that its configuration leaves out: up"),
-    ({"target_modules": ["down"]}, {}, "factors for 1 modules that its configuration leaves out: up"),
+    ({}, GONE, r"lacks factors for 1 weight: down.weight"),
+    ({"target_modules": "(up|down)"}, GONE, r"lacks factors for 1 weight: down.weight"),
+    ({"exclude_modules": ["up"]}, {}, "factors for 1 module that its configuration leaves out: up"),
+    ({"exclude_modules": "u.*"}, {}, "factors for 1 module that its configuration leaves out: up"),
+    ({"target_modules": ["down"]}, {}, "factors for 1 module that its configuration leaves out: up"),
     ({"modules_to_save": ["head"]}, {}, "modules_to_save, and the adapter has nothing for: head"),
     ({"modules_to_save": ["down"]}, GONE | WHOLE, "modules_to_save, and the adapter lacks: down.bias"),
     ({"trainable_token_indices": {"up": [1]}}, {}, "trainable_token_indices, and the adapter has no rows of: up"),

@@ -128,7 +128,7 @@ def test_base_weights_in_the_file_must_be_the_base(saved):
     with pytest.raises(ValueError, match="is not what 'down/kernel' is in the base"):
         jlora.peft.load(saved, SITES, params=PARAMS)
     edit(saved, {"modules_to_save": ["down"]})
-    with pytest.raises(ValueError, match="factors for 1 modules that its configuration leaves out: down"):
+    with pytest.raises(ValueError, match="factors for 1 module that its configuration leaves out: down"):
         jlora.peft.load(saved, SITES, params=PARAMS)
 
 
@@ -149,13 +149,13 @@ def test_a_tied_table_that_was_adapted_apart_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'embed' is one leaf here, but its 2 weights in PyTorch were adapted apart"):
         jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
     edit(tmp_path / "a", {}, {head: None, head.replace("lora_B", "lora_A"): None})
-    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weight: lm_head.weight"):
         jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
     carried = head.replace("lora_B", "base_layer")
     edit(tmp_path / "a", {"ensure_weight_tying": False}, {carried: None})  # then PEFT adapts the table alone
     assert jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)["embed"].only == "lookup"
     edit(tmp_path / "a", {"target_modules": ["embed_tokens", "v_proj", "lm_head"]})
-    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weight: lm_head.weight"):
         jlora.peft.load(tmp_path / "a", sites, names=port.names, params=params)
 
 
@@ -265,7 +265,7 @@ def test_rotary_pairs_are_outputs_in_every_layout(tmp_path, batch, layout):
 NAMES_ERRORS = [
     ({"upp/kernel": "up.weight"}, ValueError, "No leaf has the path 'upp/kernel' of names.\n  nearest: up/kernel"),
     ({"up/kernel": "down.weight"}, ValueError, "'down.weight' is the name of 'down/kernel' and 'up/kernel'"),
-    ({"up/kernel": "layers.{}.up.weight"}, ValueError, "has 1 indices, but 'up/kernel' .* has 0 batch axes"),
+    ({"up/kernel": "layers.{}.up.weight"}, ValueError, "has 1 index, but 'up/kernel' .* has 0 batch axes"),
     ({"(": "x"}, ValueError, "is not a regular expression"),
     ({"up/kernel": 3}, TypeError, "must be a string, a Weight, or several"),
     (["up/kernel"], TypeError, "names must be a dict"),

@@ -187,7 +187,7 @@ def test_targets_are_a_pattern_where_a_name_is_the_end_of_another(tmp_path):
 
 
 def test_rows_that_are_no_heads_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="5 rows are no 4 heads of rotary pairs"):
+    with pytest.raises(ValueError, match="5 rows cannot be 4 heads of rotary pairs"):
         jlora.peft.save(tmp_path / "a", fresh(), names={"up/kernel": Weight("up.weight", rotary_heads=4)})
 
 

@@ -59,7 +59,7 @@ def renamed(folder, old, new):
             "head.base_layer.base_layer.bias",
             "would name it 'base_model.model.head.base_layer.bias'",
         ),
-        ("head.lora", "head.base_layer.lora", "'head' has factors inside 1 wrappers, of which only 0 have factors"),
+        ("head.lora", "head.base_layer.lora", "'head' has factors inside 1 wrapper, of which only 0 have factors"),
         (
             "moe.lora",
             "moe.base_layer.base_layer.base_layer.lora",
@@ -92,7 +92,7 @@ def test_no_two_tensors_are_for_one_thing(wrapped):
 def test_parameters_that_the_configuration_lists_are_there(saved):
     gone = {k: None for k in load_file(saved / "adapter_model.safetensors") if ".down." in k}
     edit(saved, {"target_modules": ["up"], "target_parameters": ["down.weight"]}, gone)
-    with pytest.raises(ValueError, match=r"lacks factors for 1 weights: down\.weight"):
+    with pytest.raises(ValueError, match=r"lacks factors for 1 weight: down\.weight"):
         jlora.peft.load(saved, SITES)
 
 

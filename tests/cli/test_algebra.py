@@ -83,7 +83,7 @@ def test_combining_peft_adapters_of_different_targets(here):
 def test_combining_is_refused(here, own):
     assert "The order is: jlora combine OUT ADAPTER ADAPTER" in call("combine", "one", "two", "--force", code=2)
     message = call("combine", "x", "one", "--weights", "1,2", code=2)
-    assert "2 weights, 1 adapters\n  The order is: jlora combine OUT" in message
+    assert "2 weights, 1 adapter\n  The order is: jlora combine OUT" in message
     assert "takes numbers and commas" in call("combine", "x", "one", "--weights", "a", code=2)
     assert "finite" in call("combine", "x", "one", "--weights", "nan", code=2)
     assert "dare needs a --seed" in call("combine", "x", "one", "--method", "dare", "--density", 0.5, code=2)

@@ -10,6 +10,7 @@ from cli_case import CONV1D, MIX, PARAMS, PEFT, UP, base_of, call, called, check
 from safetensors.numpy import load_file, save_file
 
 import jlora
+from jlora._text import counted
 
 
 def test_extracting_and_merging_gives_the_tuned_model(here):
@@ -56,7 +57,7 @@ def test_what_changed_beside_matrices(here):
 
     after = tuned(base, change)
     message = call("extract", base, after, "a", "--rank", 3, code=2)
-    assert "2 tensors changed that get no factors" in message
+    assert "2 tensors changed for which there are no factors" in message
     assert "bert.pooler.dense.bias: (12,) is no matrix" in message
     found = called("extract", base, after, "a", "--rank", 3, "--rest", "ignore")
     assert len(found["ignored"]) == 2
@@ -229,10 +230,10 @@ def resized(here, form):
 def test_a_vocabulary_that_was_resized_is_left_out_if_asked(form, here, own):
     base, after, names, other = resized(here, form)
     message = call("extract", base, after, "a", "--rank", 3, code=2)
-    assert f"{len(names)} tensors changed that get no factors" in message
+    assert f"{counted(len(names), 'tensor')} changed for which there are no factors" in message
     assert "Leave them out with --rest ignore.\n  If the vocabulary was resized, resize the base's as well" in message
     message = call("extract", base, after, "a", "--rank", 3, "--rest", "full", code=2)
-    assert f"{len(names)} tensors changed that no adapter of the base can have" in message
+    assert f"{counted(len(names), 'tensor')} changed that no adapter of the base can have" in message
     found = called("extract", base, after, "a", "--rank", 3, "--rest", "ignore")
     assert sorted(found["ignored"]) == sorted(names)
     assert all("in the base and (" in found["reasons"][name] for name in names)

@@ -199,7 +199,7 @@ def test_an_adapter_that_was_cut_is_refused(kind, here):
     gone = next(key.rpartition(".lora_A")[0] for key in sorted(found) if ".lora_A.weight" in key)
     save_file({key: x for key, x in found.items() if not key.startswith(gone + ".")}, file)
     message = call("merge", base, "cut", "out", *MERGED[kind], code=2)
-    assert "lacks factors for 1 weights" in message
+    assert "lacks factors for 1 weight" in message
     assert gone.removeprefix("base_model.model.") in message
     assert not (here / "out").exists()
 

@@ -238,19 +238,22 @@ def check(program):
     sites = jlora.sites(fn, params, *args)
     assert not sites.skipped, str(sites)
     rank = min(2, *(site.max_rank for site in sites.values()))
-    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=rank, targets=list(sites)))
+    rule = jlora.LoRA(rank=rank, targets=list(sites))
+    lora = jax.eval_shape(lambda key: jlora.init(key, params, sites, rule), jax.random.key(0))
     lora = jax.tree.map(lambda f: normal(f.shape), lora)
-    weights = normal((N, 1), 1.0)
+    weights, apply = normal((N, 1), 1.0), jlora.wrap(fn)
 
-    def total(run):
-        return jax.jit(jax.value_and_grad(lambda lora: (run(lora) * weights).sum()))(lora)
+    def adapted(lora, params, *args):
+        return (apply(params, lora, *args) * weights).sum()
 
-    apply = jlora.wrap(fn)
-    made = weights_made(jax.grad(lambda lora: (apply(params, lora, *args) * weights).sum()), lora)
+    def merged(lora, params, *args):
+        return (fn(jlora.merge(params, lora), *args) * weights).sum()
+
+    made = weights_made(jax.grad(adapted), lora, params, *args)
     own = weights_made(jax.grad(lambda x: (fn(params, x, *args[1:]) * weights).sum()), args[0])
     assert made <= own, f"{made} values as large as a weight, where the model makes {own}"
-    got, grads = total(lambda lora: apply(params, lora, *args))
-    expected, wanted = total(lambda lora: fn(jlora.merge(params, lora), *args))
+    both = jax.jit(lambda *args: [jax.value_and_grad(f)(*args) for f in (adapted, merged)])
+    (got, grads), (expected, wanted) = both(lora, params, *args)
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6 * max(1.0, float(np.abs(y).max())))

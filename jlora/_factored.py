@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax
-from jlora._labelled import RANK, Labels, arrange, contract, extend, mesh_axes, transpose
+from jlora._labelled import RANK, Labels, apart_in_rank, arrange, contract, extend, in_rank, mesh_axes, transpose
 
 
 class Branch(NamedTuple):
@@ -92,16 +92,35 @@ class Factored:
 
     def reshape(self, w: jax.Array, groups: Sequence[tuple[Labels, Labels]]) -> "Factored | None":
         """The reshaped value, or ``None`` where an axis of one factor would have to be merged with one of the other."""
-        constant = set(range(len(self.shape))).difference(*self.labels)
+        value = self
         for old, _ in groups:
-            if any(set(old) & set(labels) and not set(old) <= {*labels, *constant} for labels in self.labels):
+            value = value._in_one(old)
+            if value._split(old):
                 return None
 
         def reshape_part(part: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
             wanted = [d for old, _ in groups if set(old) & set(labels) for d in old]
             return _reshape_part(*extend(part, labels, wanted, self.shape), groups, w)
 
-        return self.map_parts(w, reshape_part)
+        return value.map_parts(w, reshape_part)
+
+    def _split(self, axes: Labels) -> list[int]:
+        """The parts that have some of ``axes``, but not all along which the value varies."""
+        constant = set(range(len(self.shape))).difference(*self.labels)
+        return [i for i, ls in enumerate(self.labels) if set(axes) & set(ls) and not set(axes) <= {*ls, *constant}]
+
+    def _in_one(self, axes: Labels) -> "Factored":
+        """The same value with ``axes`` in one factor only, where the other shares some of them, as layers: there they are in the rank."""
+        split = self._split(axes)
+        if len(split) != 1 or split[0] > 1:
+            return self
+        ((i,), shared) = split, [d for d in axes if d in self.labels[split[0]]]
+        if not set(shared) <= set(self.labels[1 - i]):
+            return self
+        parts, labels = list(self.parts), list(self.labels)
+        parts[i], labels[i] = in_rank(parts[i], labels[i], shared)
+        parts[1 - i], labels[1 - i] = apart_in_rank(parts[1 - i], labels[1 - i], shared)
+        return replace(self, parts=tuple(parts), labels=tuple(labels))
 
     def gain(
         self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]

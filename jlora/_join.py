@@ -32,7 +32,9 @@ def padded(f: Factored, w: jax.Array, config: Sequence[Padding]) -> Factored:
     parts, labels = list(f.parts[:2]), list(f.labels[:2])
     for d, padding in enumerate(config):
         if padding != NOWHERE and d not in labels[0] and d not in labels[1]:
-            parts[1], labels[1] = _along(parts[1], labels[1], d, f.shape[d])
+            # Zero in both: whichever of them an axis of one factor is merged with later, the other can do without it.
+            for i in (0, 1):
+                parts[i], labels[i] = _along(parts[i], labels[i], d, f.shape[d])
     for i in (0, 1):
         zero = jnp.zeros((), parts[i].dtype)
         parts[i] = lax.pad(parts[i], zero, [NOWHERE if d == RANK else config[d] for d in labels[i]])

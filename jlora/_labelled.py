@@ -102,6 +102,26 @@ def extend(part: jax.Array, labels: Labels, axes: Sequence[int], shape: Sequence
     return wide, (*new, *labels)
 
 
+def in_rank(part: jax.Array, labels: Labels, axes: Sequence[int]) -> tuple[jax.Array, Labels]:
+    """``part`` with ``axes`` as a part of its rank axis."""
+    if not axes:
+        return part, labels
+    rest = [d for d in labels if d not in axes and d != RANK]
+    moved = transpose(part, [labels.index(d) for d in (*rest, *axes, RANK)])
+    return moved.reshape(*moved.shape[: len(rest)], -1), (*rest, RANK)
+
+
+def apart_in_rank(part: jax.Array, labels: Labels, axes: Sequence[int]) -> tuple[jax.Array, Labels]:
+    """``part`` with ``axes``, which it keeps, also as a part of its rank axis: zero where the two differ."""
+    twins = {d: RANK - 1 - d for d in axes}
+    for d, twin in twins.items():
+        n, at = part.shape[labels.index(d)], labels.index(d)
+        same = lax.expand_dims(jnp.eye(n, dtype=bool), [i for i in range(part.ndim) if i != at])
+        part = jnp.where(same, lax.expand_dims(part, [part.ndim]), jnp.zeros((), part.dtype))
+        labels = (*labels, twin)
+    return in_rank(part, labels, list(twins.values()))
+
+
 def scale_part(part: jax.Array, labels: Labels, gain: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
     """``part`` times (or by) ``gain``, a scalar or an array of the value's rank whose axes of size above one ``part`` has."""
     wide = _jax.promote(part.dtype, gain.dtype)

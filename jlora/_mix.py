@@ -23,7 +23,7 @@ from jax import lax
 from jlora import _jax
 from jlora._factored import Factored
 from jlora._join import total
-from jlora._labelled import RANK, Labels, arrange, contract, mesh_axes, transpose
+from jlora._labelled import RANK, Labels, arrange, contract, in_rank, mesh_axes
 from jlora._primitives import Dense, Eqn, Meeting, is_lazy, meeting
 
 TIED = "a constant multiplies its input and output axes at once"
@@ -66,7 +66,7 @@ def _mixed(eqn: Eqn, position: int, f: Factored, w: jax.Array, times: Times) -> 
     sides_of = list(zip(f.parts[:2], f.labels[:2], strict=True))
     sides_of[i] = times(*sides_of[i], {*met.out, *folded, RANK})
     new = {d: j for j, d in enumerate(met.out)} | {RANK: RANK}
-    parts = [_in_rank(part, labels, folded) for part, labels in sides_of] + [
+    parts = [in_rank(part, labels, folded) for part, labels in sides_of] + [
         _first_along(part, labels, met.summed) for part, labels in zip(f.parts[2:], f.labels[2:], strict=True)
     ]
     value = replace(
@@ -77,15 +77,6 @@ def _mixed(eqn: Eqn, position: int, f: Factored, w: jax.Array, times: Times) -> 
         picked=i if is_lazy(eqn, position) else f.picked,
     )
     return value.map_parts(w, lambda part, labels: (part, labels))
-
-
-def _in_rank(part: jax.Array, labels: Labels, folded: Sequence[int]) -> tuple[jax.Array, Labels]:
-    """``part`` with the axes ``folded`` as a part of its rank axis."""
-    if not folded:
-        return part, labels
-    rest = [d for d in labels if d not in folded and d != RANK]
-    moved = transpose(part, [labels.index(d) for d in (*rest, *folded, RANK)])
-    return moved.reshape(*moved.shape[: len(rest)], -1), (*rest, RANK)
 
 
 def _first_along(keys: jax.Array, labels: Labels, summed: Labels) -> tuple[jax.Array, Labels]:

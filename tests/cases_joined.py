@@ -48,6 +48,18 @@ case("stacked_with_constant", W, (X,), ONE)(
 case("stacked_transposed", {"u": array(D, D), "v": array(D, D, seed=3)}, (X,), {"u": MATRIX, "v": ((1,), (0,), ())})(
     lambda p, x: jnp.tanh(jnp.einsum("btd,sdm->sbtm", x, jnp.stack([p["u"], p["v"].T])))
 )
+case("stacked_into_inputs", PAIR, (array(B, T, 3 * D),), TWO)(
+    lambda p, x: jnp.tanh(x @ jnp.stack([p["u"], p["v"], p["u"]]).reshape(3 * D, M))
+)
+case("stacked_into_outputs", PAIR, (X,), TWO)(
+    lambda p, x: jnp.tanh(x @ jnp.stack([p["u"], p["v"], p["u"]]).transpose(1, 2, 0).reshape(D, 3 * M))
+)
+case("stacked_with_constant_into_inputs", PAIR, (array(B, T, 3 * D),), TWO)(
+    lambda p, x: jnp.tanh(x @ jnp.stack([p["u"], array(D, M, seed=4), p["v"]]).reshape(3 * D, M))
+)
+case("stacked_with_constant_into_outputs", PAIR, (X,), TWO)(
+    lambda p, x: jnp.tanh(x @ jnp.stack([p["u"], array(D, M, seed=4), p["v"]], 1).reshape(D, 3 * M))
+)
 case("unstacked", {"w": array(3, D, M)}, (X,), BATCHED)(lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.unstack(p["w"])))
 case("padded_outputs", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ jnp.pad(p["w"], ((0, 0), (2, 3)))))
 case("padded_inputs", {"w": array(H, M)}, (array(B, T, H + 3),), ONE)(

@@ -245,7 +245,8 @@ def check_mergeable(lora: Mapping[str, Adapter]) -> None:
     for path, x in lora.items():
         if isinstance(x, LowRank) and x.only:
             raise ValueError(
-                f"'{path}' cannot be merged: its adapter is for one kind of use, {x.only}, and the base has one leaf for all ({x.use}).\n"
+                f"'{shown(path)}' cannot be merged: its adapter is for one kind of use, {x.only}, and the base has one leaf for "
+                f"all ({x.use}).\n"
                 "  Keep the adapter beside the base (jlora.wrap), or untie the model: give it a leaf for each use."
             )
 

@@ -23,7 +23,8 @@ def arrays(lora: Mapping[str, Adapter], *, rank: int | None = None) -> Arrays:
         rank: Of all factors; by default each keeps its own. Adapters of one artifact have the same paths and ranks.
 
     Returns:
-        By path, ``{"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs)}`` with $\Delta W = A B$, or ``{"value": ...}``.
+        By path, ``{"a": (*batch, *inputs, rank), "b": (*batch, rank, *outputs)}`` with $\Delta W = A B$, or ``{"value": ...}``. Of an
+        adapter for one kind of use the names say which: ``"a_lookup_only"``.
 
     Raises:
         ValueError: an adapter has a higher rank.
@@ -39,6 +40,11 @@ def arrays(lora: Mapping[str, Adapter], *, rank: int | None = None) -> Arrays:
     """
     check_lora(lora)
     return {path: _plain(path, adapter, rank) for path, adapter in lora.items()}
+
+
+def _only(adapter: Adapter) -> str:
+    """What is added to the names of arrays that only one kind of use has: a program for another does not take them."""
+    return f"_{adapter.only}_only" if isinstance(adapter, LowRank) and adapter.only else ""
 
 
 def _plain(path: str, adapter: Adapter, rank: int | None) -> dict[str, jax.Array]:
@@ -58,7 +64,7 @@ def _plain(path: str, adapter: Adapter, rank: int | None) -> dict[str, jax.Array
     pads = [
         [(0, more if d == axis else 0) for d in range(x.ndim)] for x, axis in ((adapter.a, adapter.a.ndim - 1), (b, n))
     ]
-    return {"a": jnp.pad(adapter.a, pads[0]), "b": jnp.pad(b, pads[1])}
+    return {f"a{_only(adapter)}": jnp.pad(adapter.a, pads[0]), f"b{_only(adapter)}": jnp.pad(b, pads[1])}
 
 
 def function(
@@ -137,4 +143,5 @@ def _shell(adapter: Adapter) -> Callable[..., Adapter]:
     static = {k: v for k, v in vars(adapter).items() if k not in adapter.labels}
     if isinstance(adapter, LowRank):
         static["scale"] = 1.0
-    return lambda **found: type(adapter)(**found, **static)
+    end = _only(adapter)
+    return lambda **found: type(adapter)(**{name.removesuffix(end): x for name, x in found.items()}, **static)

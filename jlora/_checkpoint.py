@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from jlora._stored import Arrays, check_plain, sha256
 from jlora._text import shown
 
 _JSON = "adapter.json"
+_ORBAX = threading.Lock()  # checkpointers in several threads of a process remove each other's folders
 _MADE = re.compile(rf"(?:arrays-|\.{re.escape(_JSON)}\.)([0-9a-f]{{12}})(?:\.orbax-checkpoint-tmp.*)?")
 """Names of what a save makes; whatever else is in the folder is not its own. Orbax writes beside the arrays first, under a longer name."""
 _TRIES = 10  # of a load while others save
@@ -261,7 +263,7 @@ def _write_arrays(folder: Path, lora: Mapping[str, Adapter]) -> None:
     import orbax.checkpoint as ocp  # here, so that `import jlora` stays quick
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _ORBAX, ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, jax.tree.map(_written_once, _as_tree(lora)))
             checkpointer.wait_until_finished()
     except (ValueError, OSError) as error:  # the storage below reports a full disk as a ValueError

@@ -65,15 +65,15 @@ class Fold:
         wide = _wide(w, update)
         total = w.astype(wide, copy=False) + update.astype(wide, copy=False)
         stored = self._cast(name, total, self.dtype_of(w.dtype))
-        if finite:
-            self._check(name, stored, total, w)
+        self._check(name, stored, total, w, finite)
         self.lost[name] = _lost(stored, w, update, wide)
         return stored
 
     def replaced(self, name: str, w: np.ndarray, value: np.ndarray) -> np.ndarray:
         """``value`` in place of ``w``."""
         wide = _wide(w, value)
-        stored = self.stored(name, value, self.dtype_of(w.dtype))
+        stored = self._cast(name, value, self.dtype_of(w.dtype))
+        self._check(name, stored, value, w, bool(np.isfinite(value).all()))
         self.lost[name] = _lost(stored, w, value.astype(wide, copy=False) - w.astype(wide, copy=False), wide)
         return stored
 
@@ -94,12 +94,14 @@ class Fold:
         with np.errstate(all="ignore"):
             return x.astype(dtype)
 
-    def _check(self, name: str, stored: np.ndarray, exact: np.ndarray, source: np.ndarray) -> None:
-        """Raises if a value is not finite as it is stored, though its source is."""
+    def _check(self, name: str, stored: np.ndarray, exact: np.ndarray, source: np.ndarray, finite: bool = True) -> None:
+        """Raises if a value is not finite as it is stored, though its source is; ``finite`` tells whether the adapter is."""
         if self.overflow == "allow" or np.isfinite(stored).all():
             return
         gone = np.isfinite(source) & ~np.isfinite(stored)
         if gone.any():
+            if not finite:
+                raise _overflow.not_finite(_files.shown(name), "save")
             value = float(np.abs(exact[gone]).max())
             raise _overflow.too_large(_files.shown(name), value, stored.dtype, "save")
 
@@ -117,7 +119,7 @@ def _lost(stored: np.ndarray, w: np.ndarray, update: np.ndarray, wide: np.dtype)
             u = u.astype(wide)
             off = s.astype(wide) - x.astype(wide) - u
             error, size = error + float(np.vdot(off, off)), size + float(np.vdot(u, u))
-    return (error / size) ** 0.5 if size > 0 else 0.0
+    return (error / size) ** 0.5 if size != 0 else 0.0  # of NaN: NaN
 
 
 def stochastic_round(key: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:

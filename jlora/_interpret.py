@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora import _jax, _passed
-from jlora._derivatives import is_stop, jlora_stop_gradient
+from jlora._derivatives import is_stop, jlora_stop_gradient, refuse_derivatives
 from jlora._factored import Factored
 from jlora._mix import by_constant, by_weight
 from jlora._primitives import JOINS, USES, VIEWS, Dense, is_empty, is_mixed
@@ -59,6 +59,9 @@ class Interpreter:
         self.used: dict[str, int] = {}  # uses so far of each adapted leaf: each has a dropout mask of its own
         self.repeated: set[int] = set()  # identities of bodies that the program calls several times
         self.shared: dict[Any, Any] = {}  # those bodies, evaluated by a function that JAX traces once
+        self.affected: set[str] = (
+            set()
+        )  # the leaves that a use has the update of, of those whose update is for one kind of use
         self.names: dict[str, str] = {}  # in a shared body: the leaf that each weight is in the call at hand
         self.matrices: dict[
             int, tuple[Any, dict[int, Any]]
@@ -102,7 +105,7 @@ class Interpreter:
     def step(self, eqn: Eqn, values: list[Any]) -> list[Any]:
         """Evaluates one equation."""
         name = eqn.primitive.name
-        if name != "convert_element_type":
+        if name not in VIEWS and name not in BODIES:
             values = [self.rows(v) if isinstance(v, Factored) and v.looked_up else v for v in values]
         positions = [i for i, v in enumerate(values) if isinstance(v, Factored)]
         if not positions:
@@ -151,7 +154,13 @@ class Interpreter:
             met = [v for i, v in enumerate(eqn.invars[:2]) if i != position]
             if not any(_jax.among(v, self.data) for v in met):
                 self.check_told(value, eqn.primitive.name)
-        return value.branch.takes("conv" if eqn.primitive.name == "conv_general_dilated" else "linear")
+        return self.affects(value, "conv" if eqn.primitive.name == "conv_general_dilated" else "linear")
+
+    def affects(self, value: Factored, kind: str) -> bool:
+        """Whether a use of a kind has the update of its weight; notes that it has."""
+        if value.branch.takes(kind):
+            self.affected.update(value.branch.path.split(" + "))
+        return value.branch.takes(kind)
 
     def check_told(
         self, value: Any, operation: str, reason: str = "it is neither a lookup nor a product with data"
@@ -180,12 +189,15 @@ class Interpreter:
         """
         names = {f"#{i}": v.branch.path for i, v in enumerate(values) if isinstance(v, Factored)}
         anonymous = [self.fold(v, f"#{i}") if isinstance(v, Factored) else v for i, v in enumerate(values)]
-        outer = self.names, self.used
+        outer = self.names, self.used, self.affected
+        run, affected = self.shared.setdefault((id(body.jaxpr), key), (transform(fn), set()))
         self.names, self.used = {name: self.name(path) for name, path in names.items()}, {}
+        self.affected = affected  # what the first call notes holds for all
         try:
-            outs = self.shared.setdefault((id(body.jaxpr), key), transform(fn))(anonymous)
+            outs = run(anonymous)
         finally:
-            self.names, self.used = outer
+            self.names, self.used, self.affected = outer
+        self.affected |= {path for name, path in names.items() if name in affected}
         return [_rename(out, names) if isinstance(out, Factored) else out for out in outs]
 
     def fold(self, value: Factored, name: str) -> Factored:
@@ -200,9 +212,20 @@ class Interpreter:
         """``value`` as activations, if it is rows of a table."""
         if not isinstance(value, Factored) or value.row is None:
             return value
-        if not value.branch.takes("lookup"):
+        if not self.affects(value, "lookup"):
             return value.w
+        if _jax.is_tiny(value.w.dtype):
+            value = replace(value, parts=(*refuse_derivatives(value.parts[:2], self.rounded(value)), *value.parts[2:]))
         return value.rows(value.row, self.count(value.branch.path))
+
+    def rounded(self, value: Factored) -> Callable[[], Exception]:
+        """The error where rows in floats of 8 bits are used as they are: so would be their gradient."""
+        place = f"\n  operation: {self.within[-1].primitive.name} at {_jax.where(self.within)}" if self.within else ""
+        name, dtype = shown(self.name(value.branch.path)), value.w.dtype
+        return lambda: ValueError(
+            f"Rows of the adapted table '{name}' are used in {dtype}, in which most of their gradient is rounded to zero.{place}\n"
+            f"  Cast them where they are looked up: table[ids].astype(jnp.bfloat16)."
+        )
 
     def looked_up(self, value: Any) -> Any:
         """Rows that an argument picked, as activations; those in floats of 8 bits once they are cast, for their gradient's sake."""

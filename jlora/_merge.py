@@ -52,7 +52,7 @@ def merge(
     Raises:
         TypeError: arguments in another order.
         ValueError: an adapter belongs to another base, or is for one kind of use of its leaf; ``dtype`` is not a supported storage dtype;
-            a merged leaf overflows its dtype.
+            an adapter is not finite; a merged leaf overflows its dtype.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -159,7 +159,10 @@ def _fold(leaf: Any, adapter: Adapter, dtype: Any, report: bool, doubtful: bool)
 
 def _cast(whole: jax.Array, dtype: Any, doubtful: bool) -> tuple[jax.Array, Ends]:
     """A leaf that replaces the base's; as it is if it has the dtype already."""
-    return (whole, ()) if whole.dtype == dtype else _narrowed(whole, dtype=dtype, ends=doubtful and _is_known(whole))
+    looked_at = doubtful and _is_known(whole)
+    if whole.dtype == dtype:
+        return whole, _ends(whole) if looked_at else ()
+    return _narrowed(whole, dtype=dtype, ends=looked_at)
 
 
 def _sum(w: jax.Array, update: jax.Array, dtype: Any, ours: bool, doubtful: bool) -> tuple[jax.Array, Ends]:
@@ -187,28 +190,35 @@ def _narrow(whole: jax.Array, dtype: Any, ends: bool) -> tuple[jax.Array, Ends]:
 
 
 def _with_ends(stored: jax.Array, wanted: bool) -> tuple[jax.Array, Ends]:
-    """``stored`` with its largest value in size, or its largest and smallest: one of them is infinite or NaN if any value is.
+    """``stored``, with its ends if they are wanted."""
+    return stored, _ends(stored) if wanted else ()
+
+
+@jax.jit
+def _ends(stored: jax.Array) -> Ends:
+    """The largest value in size, or the largest and the smallest: one of them is infinite or NaN if any value is.
 
     XLA:CPU takes the first in one pass in 32 bits, but makes an array for it in float16, and for ``isfinite(stored).all()`` always.
     """
     parts = (stored.real, stored.imag) if jnp.iscomplexobj(stored) else (stored,)
-    if not wanted:
-        return stored, ()
     if parts[0].dtype.itemsize >= 4:
-        return stored, tuple(jnp.max(jnp.abs(x), initial=0) for x in parts)
-    return stored, tuple(end(x, initial=0) for x in parts for end in (jnp.max, jnp.min))
+        return tuple(jnp.max(jnp.abs(x), initial=0) for x in parts)
+    return tuple(end(x, initial=0) for x in parts for end in (jnp.max, jnp.min))
 
 
 def _check_ends(
     ends: Mapping[str, Ends], base: Mapping[str, Any], lora: Mapping[str, Adapter], merged: Mapping[str, Any]
 ) -> None:
-    """Raises if a leaf is not finite where all that it is made of is."""
+    """Raises if a leaf is not finite where the base is."""
     for path, found in jax.device_get(ends).items():
         if not all(np.isfinite(np.asarray(x, np.float64)) for x in found):
             w, adapter, stored = jnp.asarray(base[path]), lora[path], merged[path]
             gone = jnp.isfinite(w) & ~jnp.isfinite(stored)
-            if bool(gone.any()) and all(bool(jnp.isfinite(x).all()) for x in adapter.arrays().values()):
-                raise _overflow.too_large(path, _largest(w, adapter, gone), stored.dtype, "merge")
+            if not bool(gone.any()):
+                continue
+            if not all(bool(jnp.isfinite(x).all()) for x in adapter.arrays().values()):
+                raise _overflow.not_finite(shown(path), "merge")
+            raise _overflow.too_large(shown(path), _largest(w, adapter, gone), stored.dtype, "merge")
 
 
 def _largest(w: jax.Array, adapter: Adapter, where: jax.Array) -> float:
@@ -230,4 +240,4 @@ def _lost(stored: jax.Array, w: jax.Array, update: jax.Array, whole: jax.Array |
     stored, w, update = (x.astype(wide) for x in (stored, w, update))
     off = stored - w - update if whole is None else stored - whole.astype(wide)
     error, size = jnp.linalg.norm(off), jnp.linalg.norm(update)
-    return jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0.0)
+    return jnp.where(size == 0, 0.0, error / jnp.where(size == 0, 1, size))  # of NaN: NaN

@@ -1,4 +1,4 @@
-"""What is said when a merged weight is too large for the dtype that it is stored in: finite inputs, and a result that is not."""
+"""What is said when a merged weight is not finite: it is too large for the dtype that it is stored in, or its adapter is not finite."""
 
 from typing import Any, Literal
 
@@ -14,6 +14,15 @@ def check_choice(overflow: Any) -> None:
     """Raises unless ``overflow`` is one of its two values."""
     if overflow not in ("raise", "allow"):
         raise ValueError(f"overflow must be 'raise' or 'allow'.\n  got: {overflow!r}")
+
+
+def not_finite(name: str, call: str) -> Advised:
+    """The error for a leaf whose adapter holds NaN or infinity; ``name`` and ``call`` as of ``too_large``."""
+    return Advised(
+        f"The adapter of '{name}' is not finite: it would be merged into NaN or infinity.",
+        f"The training diverged: take an earlier one. To merge it as it is: {call}(..., overflow='allow').",
+        "overflow",
+    )
 
 
 def too_large(name: str, value: float, dtype: Any, call: str) -> Advised:

@@ -180,7 +180,7 @@ def _left_out(sites: Sites) -> str:
     hints = [f"The output head is left out: name it to adapt it, targets={heads[0]!r}."] if heads else []
     if blocked:
         site, more = blocked[0], f" ({len(blocked)} such leaves)" if len(blocked) > 1 else ""
-        hints.append(f"'{site.path}' {site.shape} is left out: {site.reason}{more}.")
+        hints.append(f"'{shown(site.path)}' {site.shape} is left out: {site.reason}{more}.")
     return "".join(f"\n  {hint}" for hint in hints or ["print(sites) shows how each leaf is used."])
 
 
@@ -200,7 +200,7 @@ def _advice(target: str, usable: list[str], useless: list[str]) -> str:
 def _objection(rule: Rule, site: Site) -> str | None:
     """Why a rule cannot train a leaf, and what to do."""
     if site.kind == "unused" or not jnp.issubdtype(site.dtype, jnp.inexact):
-        return f"Training '{site.path}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}."
+        return f"Training '{shown(site.path)}' would have no effect: {site.reason}.\n  Leave it out of the targets of {_name(rule)}."
     if isinstance(rule, LoRA) and site.reason and (not rule.allow_dense or len(site.shape) < 2):
         way_out = (
             "train it outright with a Full rule"
@@ -208,10 +208,10 @@ def _objection(rule: Rule, site: Site) -> str | None:
             else "train it with a Full rule, or accept a full-size gradient with LoRA(allow_dense=True) and wrap(fn, dense='allow')"
         )
         advice = f"Leave it out of the targets of {_name(rule)}, or {way_out}."
-        return f"'{site.path}' {site.shape} cannot be adapted: {site.reason}.\n  {advice}"
+        return f"'{shown(site.path)}' {site.shape} cannot be adapted: {site.reason}.\n  {advice}"
     if isinstance(rule, LoRA) and rule.only and rule.only not in site.kinds:
         return (
-            f"'{site.path}' {site.shape} has no use of the kind {rule.only!r}: it is used as {site.kind or 'nothing told'}.\n"
+            f"'{shown(site.path)}' {site.shape} has no use of the kind {rule.only!r}: it is used as {site.kind or 'nothing told'}.\n"
             f"  Leave it out of the targets of {_name(rule)}, or leave out only={rule.only!r}."
         )
     return None

@@ -125,6 +125,8 @@ class _Follower:
             bodies = [self.follow(body.jaxpr, args) for body, args in _jax.bodies(eqn, marked)]
             if bodies and eqn.primitive.name in (*_jax.CALLS, *_jax.CUSTOM):
                 outs = [_jax.among(v, data) for v in bodies[0].outvars]
+            elif eqn.primitive.name == "optimization_barrier":
+                outs = marked
             data.update(v for v, out in zip(eqn.outvars, outs, strict=True) if out)
             eqns.append(_jax.with_bodies(eqn, bodies, self.plain))
         return jaxpr if all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True)) else jaxpr.replace(eqns=eqns)

@@ -92,6 +92,7 @@ def wrap(
         interpreter = Interpreter(call.data, call.plain, allow_dense=dense == "allow")
         outs = interpreter.run(call.program, [*entered, *call.arrays])
         outs = [interpreter.dense(out, RETURNED) for out in outs]
+        _check_uses(lora, [path for path, used in zip(call.paths, read, strict=True) if used], interpreter.affected)
         return jax.tree_util.tree_unflatten(call.out_tree, outs)
 
     # The signature and documentation of fn no longer hold: apply takes the adapter second.
@@ -134,7 +135,7 @@ def _described(given: Any) -> str:
     if not arrays or any(isinstance(x, Adapter) for _, x in leaves):
         return type(given).__name__
     path = jax.tree_util.keystr(arrays[0][0], simple=True, separator="/")
-    return f"parameters, {type(given).__name__} with the array '{path}' {arrays[0][1].shape}"
+    return f"parameters, {type(given).__name__} with the array '{shown(path)}' {arrays[0][1].shape}"
 
 
 def check_base(lora: Mapping[str, Adapter], paths: list[str], leaves: list[Any]) -> None:
@@ -166,6 +167,17 @@ def _check_effect(lora: Mapping[str, Adapter], paths: list[str], read: list[bool
         raise ValueError(f"The adapter would have no effect: this call uses none of {_paths.listing(list(lora))}.")
 
 
+def _check_uses(lora: Mapping[str, Adapter], read: list[str], affected: set[str]) -> None:
+    """Raises if all adapters of the leaves that a call reads are for kinds of uses that it has not."""
+    mine = {path: getattr(lora[path], "only", "") for path in read if path in lora}
+    if all(only and path not in affected for path, only in mine.items()):
+        path, only = next(iter(mine.items()))
+        raise ValueError(
+            f"The adapter would have no effect: that of '{shown(path)}' is for one kind of use, {only}, and this call has none.\n"
+            "  Call the function that has it, or the plain one; LoRA(only=None) adapts all uses."
+        )
+
+
 def _enter(adapter: Adapter, leaf: Any, path: str, dropout_key: Any) -> Any:
     key = None if dropout_key is None else fold_path(dropout_key, path)
     return adapter.enter(jnp.asarray(leaf), Branch(path, getattr(adapter, "dropout", 0.0)), key)
@@ -195,7 +207,7 @@ def _ask_for_a_key(lora: Mapping[str, Adapter]) -> Mapping[str, Adapter]:
         path, rate = next(iter(rates.items()))
         more = f", and {len(rates) - 1} more" if len(rates) > 1 else ""
         return ValueError(
-            f"The adapter has dropout (rate {rate} at '{path}'{more}), and apply is differentiated without a key for it.\n"
+            f"The adapter has dropout (rate {rate} at '{shown(path)}'{more}), and apply is differentiated without a key for it.\n"
             "  To train with dropout, pass a new key at each step: apply(params, lora, ..., dropout_key=key).\n"
             "  To differentiate without dropout, say so: apply(params, lora, ..., dropout_key=None)."
         )

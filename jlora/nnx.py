@@ -12,6 +12,7 @@ from flax import nnx
 from jlora import _paths
 from jlora._adapters import Adapter
 from jlora._nnx_changes import Key, changed, value_of
+from jlora._text import shown
 
 
 class Functional:
@@ -44,7 +45,7 @@ class Functional:
                 f"The module was split without values (nnx.eval_shape): only the shape of '{self._unknown}' is known.\n"
                 "  Split a module that has values, or pass its other state: fn(params, ..., state=state)."
             )
-        state = self.state if state is None else state
+        state = self.state if state is None else self._known(state)
         mine = self._own(params)
         if not isinstance(mutable, bool):  # collections that may change, an argument of modules like nnx.bridge.ToNNX
             kwargs["mutable"] = mutable
@@ -61,6 +62,18 @@ class Functional:
         if found:
             raise ValueError(_refusal(found[0]))
         return (out, after[1]) if mutable else out
+
+    def _known(self, state: Any) -> Any:
+        """``state`` without what a call created, as ``sow`` does: the module has no place for it."""
+        flat = dict(nnx.to_flat_state(state))
+        known = [keys for keys, _ in nnx.to_flat_state(self.state)]
+        lacking = [keys for keys in known if keys not in flat]
+        if lacking:
+            raise ValueError(
+                f"This is not the state of {self._name}: it lacks '{shown('/'.join(map(str, lacking[0])))}'.\n"
+                "  Pass what a call with mutable=True returned, or fn.state."
+            )
+        return state if len(flat) == len(known) else nnx.from_flat_state([(keys, flat[keys]) for keys in known])
 
     def _own(self, params: Any) -> nnx.State:
         """The parameters under the module's own keys; nnx itself goes by their order, which that of other keys need not be."""
@@ -112,7 +125,7 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
     Args:
         fn: The function ``split`` returned.
         params: Its parameters, for example merged ones.
-        state: The rest of the module's state, if a call with ``mutable=True`` returned another.
+        state: The rest of the module's state, if a call with ``mutable=True`` returned another. What the call created is left out.
 
     Raises:
         TypeError: ``fn`` is no such function; ``params`` is an adapter.
@@ -120,7 +133,7 @@ def merge(fn: Functional, params: Any, state: Any = None) -> nnx.Module:
     """
     if not isinstance(fn, Functional):
         raise TypeError(f"merge takes the function that jlora.nnx.split returned.\n  got: {type(fn).__name__}")
-    return nnx.merge(fn._graph, fn._own(params), fn.state if state is None else state, copy=True)
+    return nnx.merge(fn._graph, fn._own(params), fn.state if state is None else fn._known(state), copy=True)
 
 
 def _keys(params: Any) -> Any:

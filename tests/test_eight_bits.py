@@ -35,6 +35,13 @@ USES = {
         array(12, 8),
         IDS,
     ),
+    "lookup_in_vmap": (lambda p, i: jax.vmap(lambda j: p["w"][j].astype(F32))(i), array(12, 8), IDS),
+    "lookup_with_an_axis_more": (lambda p, i: p["w"][i[None]][0].astype(F32), array(12, 8), IDS),
+    "lookup_transposed": (lambda p, i: p["w"][i].T.astype(F32), array(12, 8), IDS),
+    "lookup_sliced": (lambda p, i: p["w"][i][:, 1:].astype(F32), array(12, 8), IDS),
+    "lookup_split": (lambda p, i: p["w"][i].reshape(-1, 2, 4).astype(F32), array(12, 8), IDS),
+    "lookup_scaled": (lambda p, i: (p["w"][i] * 0.5).astype(F32), array(12, 8), IDS),
+    "lookup_in_remat": (lambda p, i: jax.checkpoint(lambda w: w[i])(p["w"]).astype(F32), array(12, 8), IDS),
     "cast_weight": (lambda p, x: x.astype(F32) @ p["w"].astype(F32), array(16, 24), X),
 }
 
@@ -138,3 +145,25 @@ def precisions(fn, dtype):
     program = jax.make_jaxpr(lambda l: jlora.wrap(fn)(params, l, x))(adapted(fn, params, x))
     found = [e for e in equations(program) if e.primitive.name == "dot_general"]
     return [(e.invars[0].aval.dtype, e.params["precision"]) for e in found if e.params["precision"] is not None]
+
+
+FORMED = {
+    "cond": lambda p, i: lax.cond(i[0] > 0, lambda w: w[i], lambda w: w[i + 1], p["w"]).astype(F32),
+    "concatenate": lambda p, i: jnp.concatenate([p["w"][i], p["w"][i]]).astype(F32),
+    "scan": lambda p, i: lax.scan(lambda c, j: (c, p["w"][j]), None, i)[1].astype(F32),
+    "dot": lambda p, i: lax.dot(p["w"][i], jnp.ones((8, 3), F8), **PE),
+}
+
+
+@pytest.mark.parametrize("how", FORMED)
+def test_rows_that_would_round_their_gradient_to_zero_raise(how):
+    """Where they are differentiated: forward they are what they are."""
+    fn, params = FORMED[how], tiny({"w": array(12, 8)})
+    lora = adapted(fn, params, IDS)
+    apply = jlora.wrap(fn)
+    assert jax.jit(apply)(params, lora, IDS).dtype == F32
+    for run in (lambda f: f, jax.jit):
+        with pytest.raises(
+            ValueError, match=r"table 'w' are used in float8_e4m3fn(.*\n)*  Cast them where they are looked"
+        ):
+            run(jax.grad(lambda lora: apply(params, lora, IDS).sum()))(lora)

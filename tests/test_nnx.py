@@ -83,6 +83,12 @@ def test_nnx_calls_that_write():
         fn(params, X)
     out, state = fn(params, X, mutable=True)
     assert state["y"][...].shape == out.shape
+    again, _ = fn(params, X, mutable=True, state=state)  # what the call created is not handed on
+    np.testing.assert_array_equal(again, out)
+    np.testing.assert_array_equal(jlora.nnx.merge(fn, params, state)(X), out)
+    del state["norm"]["mean"]
+    with pytest.raises(ValueError, match=r"not the state of Writes: it lacks 'norm/mean'.*\n.*fn\.state"):
+        fn(params, X, mutable=True, state=state)
     fn, params = jlora.nnx.split(Writes(nnx.Rngs(0), "param"))
     with pytest.raises(ValueError, match=r"The call writes the parameter 'lin/bias'"):
         fn(params, X, mutable=True)

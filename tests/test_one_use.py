@@ -312,6 +312,9 @@ def test_an_artifact_has_the_use(only):
     exported = jlora.export.function(row.tied, row.params, lora, *row.args)
     got = exported.call(row.params, jlora.export.arrays(lora), *row.args)
     close(got, jlora.wrap(row.tied)(row.params, lora, *row.args), row.tol)
+    for other in {None, "lookup", "linear"} - {only}:
+        with pytest.raises(ValueError, match=r"_only"):
+            exported.call(row.params, jlora.export.arrays(row.lora(other, seed=5)), *row.args)
 
 
 @both
@@ -430,3 +433,25 @@ def test_a_module_of_nnx(only):
     new = e + lora["embed/embedding"].delta()
     expected = jnp.tanh((new if only == "lookup" else e)[IDS]) @ (e if only == "lookup" else new).T
     close(jlora.wrap(fn)(params, lora, IDS), expected, 1e-5)
+
+
+@both
+@pytest.mark.parametrize("how", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_call_that_has_only_the_other_use_raises(only, how):
+    """Also where a helper that the model calls twice is evaluated once."""
+    params, ids = {"e": array(V, D), "f": array(V, D, seed=3)}, jnp.array([3, 1])
+    helper = how(lambda e, i: jnp.tanh(e[i]))
+    uses = {
+        "lookup": lambda p, ids: helper(p["f"], ids) + helper(p["e"], ids),
+        "linear": lambda p, ids: jnp.ones((2, D)) * jnp.sin(ids[:, None]) @ p["e"].T,
+    }
+    sites = jlora.sites(lambda p, ids: uses["lookup"](p, ids) @ p["e"].T, params, ids)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="e", only=only))
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    other = "linear" if only == "lookup" else "lookup"
+    for run in (lambda f: f, jax.jit):
+        assert run(jlora.wrap(uses[only]))(params, lora, ids).shape[0] == 2
+        with pytest.raises(
+            ValueError, match=f"no effect: that of 'e' is for one kind of use, {only}, and this call has"
+        ):
+            run(jlora.wrap(uses[other]))(params, lora, ids)

@@ -52,6 +52,26 @@ def test_merge_raises_where_a_dtype_ends(dtype, sign):
     np.testing.assert_allclose(wide, 2 + sign * size * np.ones((3, 5)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("rule", [jlora.LoRA(rank=2, targets="w"), jlora.Full(targets="w")])
+def test_an_adapter_that_is_not_finite_raises(rule, value, tmp_path):
+    params, _, sites = made(jnp.float32, 1.0)
+    lora = jax.tree.map(lambda x: x.at[0].set(value), jlora.init(jax.random.key(0), params, sites, rule))
+    told = r"The adapter of 'w' is not finite: .*\n.*take an earlier one"
+    for report in (False, True):
+        with pytest.raises(ValueError, match=told + r".* merge\(\.\.\., overflow='allow'\)"):
+            jlora.merge(params, lora, report=report)
+    with pytest.raises(ValueError, match=told):
+        jlora.export.save_orbax(tmp_path / "a", params, lora)
+    with pytest.raises(ValueError, match=told):
+        jlora.export.save(tmp_path / "b", params, lora, sites=sites, names={"w": "m.w.weight"})
+    assert not list(tmp_path.iterdir())
+    merged, lost = jlora.merge(params, lora, report=True, overflow="allow")
+    assert not np.isfinite(merged["w"]).all()
+    assert not np.isfinite(lost["w"])
+    assert not np.isfinite(jax.jit(lambda lora: jlora.merge(params, lora, report=True)[1])(lora)["w"])
+
+
 def test_what_a_dtype_holds_is_merged():
     params, lora, _ = made(jnp.float16, 65000.0)
     assert (jlora.merge(params, lora)["w"] == 65000).all()
@@ -85,7 +105,7 @@ def test_what_is_not_finite_to_begin_with_is_no_overflow():
     merged = jlora.merge(masked, lora)["w"]
     assert np.isinf(merged).sum() == 1
     broken = lora | {"w": replace(lora["w"], b=lora["w"].b.at[0, 0].set(jnp.nan))}
-    assert np.isnan(jlora.merge(params, broken)["w"]).any()
+    assert np.isnan(jlora.merge(params, broken, overflow="allow")["w"]).any()
     with pytest.raises(ValueError, match="cannot hold"):
         jlora.merge(masked, made(jnp.float16, 1e5)[1])
 

@@ -43,6 +43,9 @@ class Branch(NamedTuple):
         return self.only in ("", kind)
 
 
+_THIN = 4  # of weights that are hardly larger than their rank, factors may be larger than they are
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Factored:
@@ -110,30 +113,53 @@ class Factored:
         return [i for i, ls in enumerate(self.labels) if set(axes) & set(ls) and not set(axes) <= {*ls, *constant}]
 
     def _in_one(self, axes: Labels) -> "Factored":
-        """The same value with ``axes`` in one factor only, where the other shares some of them, as layers: there they are in the rank."""
+        """The same value with ``axes`` in one factor only, if that is still thin: what the other has of them goes into its rank.
+
+        So layers that both have can be merged with the inputs, and an axis that a gain or a stack made. An output axis never can: the
+        factor would be larger than the weight.
+        """
         split = self._split(axes)
-        if len(split) != 1 or split[0] > 1:
-            return self
-        ((i,), shared) = split, [d for d in axes if d in self.labels[split[0]]]
-        if not set(shared) <= set(self.labels[1 - i]):
-            return self
+        thin = [x for i in split if i < 2 and (x := self._without(i, axes)) is not None]
+        return (
+            min(thin, key=lambda x: sum(part.size for part in x.parts), default=self)
+            if max(split, default=0) < 2
+            else self
+        )
+
+    def _without(self, i: int, axes: Labels) -> "Factored | None":
+        """The same value with those of ``axes`` that factor ``i`` has in its rank, and in the other factor."""
         parts, labels = list(self.parts), list(self.labels)
-        parts[i], labels[i] = in_rank(parts[i], labels[i], shared)
-        parts[1 - i], labels[1 - i] = apart_in_rank(parts[1 - i], labels[1 - i], shared)
+        mine = [d for d in axes if d in labels[i]]
+        size = (
+            parts[1 - i].size
+            * prod(self.shape[d] for d in mine)
+            * prod(self.shape[d] for d in mine if d not in labels[1 - i])
+        )
+        if not set(mine) <= set(labels[1 - i]) and size > _THIN * self.w.size:
+            return None
+        parts[1 - i], labels[1 - i] = extend(parts[1 - i], labels[1 - i], mine, self.shape)
+        parts[i], labels[i] = in_rank(parts[i], labels[i], mine)
+        parts[1 - i], labels[1 - i] = apart_in_rank(parts[1 - i], labels[1 - i], mine)
         return replace(self, parts=tuple(parts), labels=tuple(labels))
 
     def gain(
         self, w: jax.Array, axes: Sequence[int], fn: Callable[[jax.Array, Labels], jax.Array]
     ) -> "Factored | None":
-        """Applies ``fn``, a multiplication by something that varies along ``axes`` only, to one factor; ``None`` if none has them all."""
+        """Applies ``fn``, a multiplication by something that varies along ``axes`` only, to one factor, if that stays thin."""
         constant = set(range(len(self.shape))).difference(*self.labels[:2])
-        for i in (1, 0):
-            if set(axes) <= {*self.labels[i], *constant}:
-                parts, labels = list(self.parts), list(self.labels)
-                part, labels[i] = extend(parts[i], labels[i], axes, self.shape)
-                parts[i] = fn(part, labels[i])
-                return replace(self, w=w, parts=tuple(parts), labels=tuple(labels))
+        fits = [i for i in (1, 0) if set(axes) <= {*self.labels[i], *constant}]
+        for i in fits or [i for i in (1, 0) if self._stays_thin(i, axes)]:
+            parts, labels = list(self.parts), list(self.labels)
+            part, labels[i] = extend(parts[i], labels[i], axes, self.shape)
+            parts[i] = fn(part, labels[i])
+            return replace(self, w=w, parts=tuple(parts), labels=tuple(labels))
         return None
+
+    def _stays_thin(self, i: int, axes: Sequence[int]) -> bool:
+        """Whether factor ``i`` is one still where it has ``axes`` too, as one that another gain made: one of the other it lacks."""
+        new = [d for d in axes if d not in self.labels[i]]
+        lacking = {d for d, n in enumerate(self.shape) if n > 1}.difference(self.labels[i], new)
+        return bool(lacking) and self.parts[i].size * prod(self.shape[d] for d in new) <= _THIN * self.w.size
 
     @property
     def row(self) -> int | None:

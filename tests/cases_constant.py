@@ -62,6 +62,9 @@ case(
     (array(T, D, L),),
     {"q": ((0, 2), (1,), ()), "k": ((1, 2), (0,), ())},
 )(lambda p, x: jnp.tanh(jnp.einsum("tdl,dhml->thm", x, jnp.einsum("dhk,mlk->dhml", p["q"], p["k"]))))
+case("rotated_behind_a_barrier", W, (X,), ONE)(
+    lambda p, x: jnp.tanh((lambda r, x: x @ (r @ p["w"]))(*lax.optimization_barrier((LEFT, x))))
+)
 case("squared", {"w": array(D, D)}, (X,), ONE)(lambda p, x: jnp.tanh(x @ (p["w"] @ p["w"])))
 case("learned_queries", {"queries": array(3, D), "w": array(D, M)}, (array(T, M),), ONE)(
     lambda p, x: jax.nn.softmax(jnp.sin(p["queries"] @ p["w"]) @ x.T) @ x

@@ -60,6 +60,20 @@ case("stacked_with_constant_into_inputs", PAIR, (array(B, T, 3 * D),), TWO)(
 case("stacked_with_constant_into_outputs", PAIR, (X,), TWO)(
     lambda p, x: jnp.tanh(x @ jnp.stack([p["u"], array(D, M, seed=4), p["v"]], 1).reshape(D, 3 * M))
 )
+GAINS = array(3, D, 1, seed=6), array(3, 1, M, seed=7)
+case("repeated_by_gains", W, (array(T, D),), ONE)(
+    lambda p, x: jnp.tanh(jnp.einsum("td,hdm->thm", x, p["w"][None] * GAINS[0] * GAINS[1]))
+)
+case("scaled_copies_into_inputs", W, (array(B, T, 3 * D),), ONE)(
+    lambda p, x: jnp.tanh(x @ (p["w"][None] * array(3, 1, M, seed=6)).reshape(3 * D, M))
+)
+case("scaled_copies_into_outputs", W, (X,), ONE)(
+    lambda p, x: jnp.tanh(x @ (p["w"][:, None] * array(D, 3, 1, seed=6)).reshape(D, 3 * M))
+)
+case("block_diagonal_copies", W, (array(T, 3 * D),), ONE)(lambda p, x: jnp.tanh(x @ jnp.kron(jnp.eye(3), p["w"])))
+case("kronecker_with_constant", W, (array(T, 3 * D),), ONE)(
+    lambda p, x: jnp.tanh(x @ jnp.einsum("ab,dm->dbma", array(3, 3), p["w"]).reshape(3 * D, 3 * M))
+)
 case("unstacked", {"w": array(3, D, M)}, (X,), BATCHED)(lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.unstack(p["w"])))
 case("padded_outputs", W, (X,), ONE)(lambda p, x: jnp.tanh(x @ jnp.pad(p["w"], ((0, 0), (2, 3)))))
 case("padded_inputs", {"w": array(H, M)}, (array(B, T, H + 3),), ONE)(

@@ -58,7 +58,13 @@ class Fingerprint:
         mine, theirs = ({path: (shape, dtype) for path, shape, dtype in f.leaves} for f in (self, other))
         for path in mine | theirs:
             if path not in theirs and not other.partial:
-                return f"'{shown(path)}' {_spell(*mine[path])} is missing"
+                nnx = f"{path}/value" in theirs
+                also = (
+                    f" (there is '{shown(path)}/value', as in nnx.state: pass the tree of jlora.nnx.split)"
+                    if nnx
+                    else ""
+                )
+                return f"'{shown(path)}' {_spell(*mine[path])} is missing{also}"
             if path not in mine and not self.partial:
                 return f"'{shown(path)}' {_spell(*theirs[path])} is not part of the adapter's base"
             if path in mine and path in theirs and mine[path] != theirs[path]:

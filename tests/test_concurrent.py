@@ -303,3 +303,23 @@ def test_where_there_are_no_locks_the_process_is_looked_for(host, process, dead,
     (tmp_path / "lock").write_text(f"{host or socket.gethostname()} {number}\n")
     with _claims.unclaimed(tmp_path / "lock") as free:
         assert free == dead
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_of_one_process_save_at_once(kind, tmp_path):
+    failed = []
+
+    def savings(i):
+        for k in range(4):
+            try:
+                save(kind, tmp_path / f"a{i}", 10 * i + k)
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=savings, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert [load(kind, tmp_path / f"a{i}") for i in range(3)] == [{3.0}, {13.0}, {23.0}]

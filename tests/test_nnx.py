@@ -117,6 +117,17 @@ def test_nnx_sites_of_a_module_without_values(evaluated):
         np.testing.assert_array_equal(shapes(real, X, state=fn.state), fn(real, X))
 
 
+def test_nnx_state_in_place_of_its_parameters_is_named(tmp_path):
+    module = nnx.Linear(D, M, rngs=nnx.Rngs(0))
+    fn, params = jlora.nnx.split(module)
+    sites = jlora.sites(fn, params, X)
+    jlora.save(tmp_path / "a", jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets="kernel")))
+    with pytest.raises(
+        ValueError, match=r"another base: '\w+' .* is missing \(there is '\w+/value', .* jlora\.nnx\.split"
+    ):
+        jlora.load(tmp_path / "a", nnx.state(module, nnx.Param))
+
+
 class Listed(nnx.Module):
     """More layers than there are digits: by the order of strings the eleventh comes second."""
 

@@ -119,12 +119,10 @@ class Factored:
         factor would be larger than the weight.
         """
         split = self._split(axes)
-        thin = [x for i in split if i < 2 and (x := self._without(i, axes)) is not None]
-        return (
-            min(thin, key=lambda x: sum(part.size for part in x.parts), default=self)
-            if max(split, default=0) < 2
-            else self
-        )
+        if any(i > 1 for i in split):  # dropout keys
+            return self
+        thin = [x for i in split if (x := self._without(i, axes)) is not None]
+        return min(thin, key=lambda x: sum(part.size for part in x.parts), default=self)
 
     def _without(self, i: int, axes: Labels) -> "Factored | None":
         """The same value with those of ``axes`` that factor ``i`` has in its rank, and in the other factor."""

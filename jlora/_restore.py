@@ -16,7 +16,7 @@ import jax
 
 from jlora import _files, _folders
 from jlora._ocdbt import MANIFEST, Damaged, Piece, Store, read
-from jlora._stored import MAX_BYTES, check_plain
+from jlora._stored import MAX_BYTES, check_plain, entries_in
 from jlora._zarr import MAX_SAID, Form, form_of, said_at
 
 TREE = "_METADATA"
@@ -257,17 +257,9 @@ def _files_in(folder: Path) -> tuple[dict[str, int], dict[str, os.stat_result]]:
     """The sizes of the files in a folder and below, and what is neither a file nor a folder."""
     sizes: dict[str, int] = {}
     odd: dict[str, os.stat_result] = {}
-    left = [""]
-    while left:
-        at = left.pop()
-        with os.scandir(folder / at) as entries:
-            for entry in entries:
-                name = f"{at}/{entry.name}" if at else entry.name
-                about = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(about.st_mode):
-                    left.append(name)
-                elif stat.S_ISREG(about.st_mode):
-                    sizes[name] = about.st_size
-                else:
-                    odd[name] = about
+    for name, about in entries_in(folder, lambda name: True):
+        if stat.S_ISREG(about.st_mode):
+            sizes[name] = about.st_size
+        else:
+            odd[name] = about
     return sizes, odd

@@ -7,7 +7,7 @@ regular one that the description lists, and each chunk is unpacked only if it fi
 import hashlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,19 @@ def _sizes(folder: Path, files: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of the files in a folder and below; raises at the first thing that is not a listed file or a folder of some."""
     folders = {str(parent) for name in files for parent in Path(name).parents}
     found: dict[str, int] = {}
+    for name, about in entries_in(folder, lambda name: name in folders):
+        check_plain(folder / name, about)
+        if name not in files:
+            raise ValueError(
+                f"{folder / _files.shown(name)} is not one of the files that jlora.save wrote.\n"
+                "  Remove it, or keep it outside of that folder."
+            )
+        found[name] = about.st_size
+    return found
+
+
+def entries_in(folder: Path, enter: Callable[[str], bool]) -> Iterator[tuple[str, os.stat_result]]:
+    """What is in a folder and below, links not followed; folders of which ``enter`` says so are entered, and not among it."""
     left = [""]
     while left:
         at = left.pop()
@@ -159,17 +172,10 @@ def _sizes(folder: Path, files: Mapping[str, Any]) -> dict[str, int]:
             for entry in entries:
                 name = f"{at}/{entry.name}" if at else entry.name
                 about = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(about.st_mode) and name in folders:
+                if stat.S_ISDIR(about.st_mode) and enter(name):
                     left.append(name)
-                    continue
-                check_plain(folder / name, about)
-                if name not in files:
-                    raise ValueError(
-                        f"{folder / _files.shown(name)} is not one of the files that jlora.save wrote.\n"
-                        "  Remove it, or keep it outside of that folder."
-                    )
-                found[name] = about.st_size
-    return found
+                else:
+                    yield name, about
 
 
 def check_plain(file: Path, about: os.stat_result) -> None:

@@ -494,3 +494,27 @@ def test_messages_about_one_thing():
         jlora.init(jax.random.key(0), params, found, jlora.LoRA(rank=1, targets=lambda site: False))
     with pytest.raises(ValueError, match="got: 1 weight, 2 adapters"):
         jlora.algebra.combine([lora, lora], [1.0])
+
+
+def test_names_in_errors_of_merging_and_calling_are_escaped():
+    name = "a\x1b[31mEVIL\u202e\nb"
+    params, x = {name: jnp.ones((5, 4), jnp.float16)}, jnp.ones((2, 5), jnp.float16)
+
+    def fn(p, x):
+        return x @ p[name]
+
+    sites = jlora.sites(fn, params, x)
+    lora = jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, alpha=2, dropout=0.5, targets=".*EVIL.*"))
+    large = jax.tree.map(lambda v: jnp.full_like(v, 300.0), lora)
+    calls = [
+        lambda: jlora.merge(params, large),
+        lambda: jlora.merge(params, jax.tree.map(lambda v: v * jnp.nan, lora)),
+        lambda: jax.grad(lambda lora: jlora.wrap(fn)(params, lora, x).sum().astype(jnp.float32))(lora),
+        lambda: jlora.merge(params, {"a": params}),
+        lambda: jlora.init(jax.random.key(0), params, sites, jlora.LoRA(rank=2, targets=".*EVIL.*", only="lookup")),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)) as error:
+            call()
+        assert not {"\x1b", "\u202e"} & set(str(error.value))
+        assert "EVIL" in str(error.value)
